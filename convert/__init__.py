@@ -1,0 +1,1 @@
+"""Transforms that change what attention computes or shares (none yet)."""

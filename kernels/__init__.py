@@ -1,0 +1,1 @@
+"""One folder per op: reference, Triton kernel, public function (none yet)."""

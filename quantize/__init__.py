@@ -1,0 +1,1 @@
+"""Transforms that change how numbers are stored or multiplied."""

@@ -1,0 +1,1 @@
+"""LLM.int8()-style weights: symmetric codes per output channel."""

@@ -1,0 +1,154 @@
+"""The step `int8`: which tensors become codes and scales, and how each format names and declares them."""
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from reattend.checkpoint.header import TensorSpec
+from reattend.errors import Refusal
+from reattend.families import Source
+from reattend.quantize.int8.formulas import CODE_MAX, quantize_channels
+from reattend.transform import Group
+
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_TORCH = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
+# A 2-D weight with one of these last names is looked up, never multiplied: no linear layer.
+_LOOKUPS = (
+    "embed_tokens",
+    "embed_positions",
+    "word_embeddings",
+    "position_embeddings",
+    "token_type_embeddings",
+)
+
+
+class Int8(BaseModel):
+    """int8 weights. Selectors are shell patterns on module names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: Literal["int8"] = "int8"
+    format: Literal["compressed-tensors", "bitsandbytes"] = Field(
+        "compressed-tensors", description="layout of the output"
+    )
+    select: tuple[str, ...] = Field(("*",), description="linear layers to quantise")
+    keep: tuple[str, ...] = Field((), description="linear layers to leave in 16 bit")
+
+    @property
+    def tolerance(self) -> float:
+        """Relative L2 of logits: loaders of both formats quantise activations, where a few are huge."""
+        return 0.2
+
+    def check(self, source: Source) -> list[str]:
+        """Refuse quantised sources, Conv1D layers, non-float weights, and selectors without a match."""
+        if source.config.get("quantization_config"):
+            raise Refusal("config.json: quantization_config: the source is quantised already")
+        if "conv1d" in source.family.features:
+            raise Refusal(f"int8: {source.family.model_type} stores Conv1D layers, which neither format covers")
+        modules = dict(source.linears())
+        for pattern in (*self.select, *self.keep):
+            if not fnmatch.filter(modules, pattern):
+                raise Refusal(f"int8: selector {pattern!r} matches no linear layer, as {next(iter(modules))}")
+        for module in self._modules(source):
+            spec = source.tensors[f"{module}.weight"]
+            if spec.dtype not in _FLOATS:
+                raise Refusal(f"int8: tensor {spec.name!r} is {spec.dtype}, not a float")
+        if not self._modules(source):
+            raise Refusal("int8: select and keep together leave no layer to quantise")
+        return self._remarks(source)
+
+    def _remarks(self, source: Source) -> list[str]:
+        remarks = [f"{source.family.head} is kept in 16 bit" + (" (tied)" if source.tied else "")]
+        if "experts" in source.family.features:
+            remarks.append("experts and router are kept in 16 bit: transformers stacks them into one parameter")
+        kept = len(dict(source.linears())) - len(self._modules(source))
+        return remarks + ([f"{kept} linear layers are kept by select, keep or family"] if kept else [])
+
+    def _modules(self, source: Source) -> list[str]:
+        routers = "block_sparse_moe.gate"
+        return [
+            module
+            for module, _ in source.linears()
+            if any(fnmatch.fnmatchcase(module, p) for p in self.select)
+            and not any(fnmatch.fnmatchcase(module, p) for p in self.keep)
+            and not module.endswith(routers)
+        ]
+
+    def groups(self, source: Source) -> Iterator[Group]:
+        """Yield one group per linear layer."""
+        for module in self._modules(source):
+            weight = source.tensors[f"{module}.weight"]
+            codes = TensorSpec(weight.name, "I8", weight.shape)
+            yield Group((weight.name,), (codes, *self._scale_specs(module, weight)))
+
+    def _scale_specs(self, module: str, weight: TensorSpec) -> tuple[TensorSpec, ...]:
+        rows = weight.shape[0]
+        if self.format == "bitsandbytes":
+            form = TensorSpec(f"{module}.weight_format", "U8", ())
+            return TensorSpec(f"{module}.SCB", "F32", (rows,)), form
+        dtype = weight.dtype if weight.dtype in _TORCH else "BF16"
+        return (TensorSpec(f"{module}.weight_scale", dtype, (rows, 1)),)
+
+    def apply(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Quantise the group's one weight."""
+        (weight,) = (tensors[name] for name in group.reads)
+        codes, scale = quantize_channels(weight, weight.dtype)
+        if self.format == "bitsandbytes":
+            # SCB is the row's absmax in bitsandbytes: exact in fp32, 8 + 7 significant bits.
+            values = (codes, (scale * CODE_MAX).flatten(), torch.zeros((), dtype=torch.uint8))
+        else:
+            values = (codes, scale.to(_TORCH[group.writes[1].dtype]))
+        return {spec.name: value for spec, value in zip(group.writes, values, strict=True)}
+
+    def edit_config(self, source: Source) -> dict[str, Any]:
+        """Add the format's `quantization_config`."""
+        ignore = self._ignored(source)
+        build = _bitsandbytes if self.format == "bitsandbytes" else _compressed_tensors
+        return {**source.config, "quantization_config": build(ignore)}
+
+    def _ignored(self, source: Source) -> list[str]:
+        """Every linear layer that stays in 16 bit: loaders quantise what they are not told to leave."""
+        taken = set(self._modules(source))
+        two_d = [n.removesuffix(".weight") for n, t in source.tensors.items() if len(t.shape) == 2]
+        kept = [m for m in two_d if m not in taken and not m.endswith(_LOOKUPS)]
+        head = [source.family.head] if source.family.head else []
+        return sorted({*kept, *head})
+
+    def engines(self, source: Source) -> dict[str, str]:
+        """vLLM and SGLang fuse q/k/v and gate/up, so those must be quantised together."""
+        if self.format == "bitsandbytes":
+            no = "not confirmed for int8 in this format"
+            return {"transformers": "yes (bitsandbytes)", "vllm": no, "sglang": no}
+        split = self.select != ("*",) or bool(self.keep)
+        engine = "only if q/k/v and gate/up of a layer are quantised alike" if split else "yes"
+        return {"transformers": "yes (decompressed to 16 bit)", "vllm": engine, "sglang": engine}
+
+
+def _compressed_tensors(ignore: list[str]) -> dict[str, Any]:
+    shared = {"num_bits": 8, "type": "int", "symmetric": True}
+    weights = {**shared, "strategy": "channel", "dynamic": False}
+    activations = {**shared, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ignore,
+    }
+
+
+def _bitsandbytes(skip: list[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "load_in_4bit": False,
+        "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": skip,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }

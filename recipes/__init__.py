@@ -1,0 +1,1 @@
+"""Recipes: the schema, the table of steps, and the built-in YAML files."""

@@ -1,0 +1,5 @@
+"""Every step by its name in a recipe, and where its class lives (resolved when a recipe is read)."""
+
+TRANSFORMS = {
+    "int8": "reattend.quantize.int8.transform:Int8",
+}

@@ -1,0 +1,32 @@
+"""Post-training surgery on transformer checkpoints. The names below load their module on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reattend.errors import Failure, Refusal
+    from reattend.evaluation.perplexity import evaluate
+    from reattend.modeling.loading import load
+    from reattend.pipeline.execution import apply
+    from reattend.pipeline.planning import plan
+    from reattend.pipeline.verification import verify
+
+__version__ = "0.1.0"
+__all__ = ["Failure", "Refusal", "apply", "evaluate", "load", "plan", "verify"]
+
+# Importing torch takes seconds, and `reattend --help` must not: so a name is bound when it is asked for.
+_HOMES = {
+    "Failure": "reattend.errors",
+    "Refusal": "reattend.errors",
+    "apply": "reattend.pipeline.execution",
+    "evaluate": "reattend.evaluation.perplexity",
+    "load": "reattend.modeling.loading",
+    "plan": "reattend.pipeline.planning",
+    "verify": "reattend.pipeline.verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'reattend' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

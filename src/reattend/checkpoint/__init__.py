@@ -1,0 +1,1 @@
+"""Checkpoints as names and bytes: headers, files, layout, staged output. Knows no transform."""

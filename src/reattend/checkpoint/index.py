@@ -1,0 +1,129 @@
+"""Open a checkpoint from its headers and config alone; every inconsistency is refused here."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from reattend.checkpoint.files import Files, open_files
+from reattend.checkpoint.header import StoredTensor, read_header
+from reattend.errors import Refusal
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".tflite", *PICKLES)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk or on the Hub, known by its headers.
+
+    `digests` maps each shard to the sha256 of its header; `ignored` are weight files that belong to no
+    shard of it (other formats, stale copies) and that an output therefore must not carry.
+    """
+
+    files: Files
+    config: dict[str, Any]
+    sizes: dict[str, int]
+    tensors: dict[str, StoredTensor]
+    digests: dict[str, str]
+    metadata: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.spec.nbytes for tensor in self.tensors.values())
+
+    @property
+    def sidecars(self) -> list[str]:
+        """Files that are neither weights nor written anew: they are copied byte for byte."""
+        made = {"config.json", INDEX, SINGLE, "reattend.json", "recipe.yaml", *self.digests}
+        return [f for f in self.sizes if f not in made and f not in self.ignored]
+
+
+def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
+    """Open `model`, a folder or a Hub id. Raises `Refusal` for anything that is not a sound checkpoint."""
+    files = open_files(model)
+    sizes = files.sizes()
+    config = read_json(files, sizes, "config.json")
+    listed = _shards(files, sizes)
+    tensors: dict[str, StoredTensor] = {}
+    digests: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    for shard in dict.fromkeys(listed.values()) if listed else [SINGLE]:
+        header = read_header(lambda a, n, f=shard: files.read(f, a, n), sizes[shard], shard)  # type: ignore[misc]
+        _add(tensors, header.tensors)
+        digests[shard] = header.digest
+        metadata = header.metadata | metadata
+    _check_listed(listed, tensors)
+    ignored = tuple(f for f in sizes if f.endswith(WEIGHTS) and f not in digests)
+    return Checkpoint(files, config, sizes, tensors, digests, metadata, ignored)
+
+
+def read_json(files: Files, sizes: dict[str, int], file: str) -> dict[str, Any]:
+    """Read a JSON object; refuse a missing file, another encoding than UTF-8, another type."""
+    if file not in sizes:
+        raise Refusal(f"{files.name}: has no {file}")
+    try:
+        value = json.loads(files.read(file, 0, sizes[file]).decode("utf-8"))
+    except RecursionError as error:
+        raise Refusal(f"{file}: nested too deeply") from error
+    except ValueError as error:
+        raise Refusal(f"{file}: not UTF-8 JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise Refusal(f"{file}: not a JSON object")
+    return value
+
+
+def _shards(files: Files, sizes: dict[str, int]) -> dict[str, str]:
+    """Return tensor -> shard of an index, or nothing for a single file."""
+    if INDEX in sizes and SINGLE in sizes:
+        raise Refusal(f"{files.name}: holds both {SINGLE} and {INDEX}; remove the stale one")
+    if SINGLE in sizes:
+        return {}
+    if INDEX not in sizes:
+        pickles = [f for f in sizes if f.endswith(PICKLES)]
+        if pickles:
+            raise Refusal(f"{pickles[0]}: pickled weights are not read; convert to safetensors first")
+        raise Refusal(f"{files.name}: has neither {SINGLE} nor {INDEX}")
+    listed = read_json(files, sizes, INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise Refusal(f"{INDEX}: weight_map is missing or empty")
+    for name, shard in listed.items():
+        _check_shard(name, shard, sizes)
+    return listed
+
+
+def _check_shard(name: str, shard: Any, sizes: dict[str, int]) -> None:
+    if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard or "\0" in shard:
+        raise Refusal(f"{INDEX}: shard name {shard!r} of {name!r} is not a plain file name")
+    if shard not in sizes:
+        raise Refusal(f"{INDEX}: names {shard!r}, which is not there")
+    if not shard.endswith(".safetensors"):
+        raise Refusal(f"{INDEX}: shard {shard!r} is not a safetensors file")
+
+
+def _add(tensors: dict[str, StoredTensor], more: tuple[StoredTensor, ...]) -> None:
+    for stored in more:
+        name = stored.spec.name
+        if name in tensors:
+            raise Refusal(f"tensor {name!r} is in both {tensors[name].file} and {stored.file}")
+        tensors[name] = stored
+
+
+def _check_listed(listed: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+    for name, shard in listed.items():
+        if name not in tensors or tensors[name].file != shard:
+            raise Refusal(f"{INDEX}: lists {name!r} in {shard}, which does not hold it")
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Return the sha256 over the config, the header hashes and every source file's size."""
+    weights = {f: checkpoint.sizes[f] for f in checkpoint.digests}
+    sidecars = {f: checkpoint.sizes[f] for f in checkpoint.sidecars}
+    record = [checkpoint.config, checkpoint.digests, weights, sidecars]
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,227 @@
+"""The commands: parse, call one library function, print its report."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reattend.cli.console import progress, show
+from reattend.errors import Failure, Refusal
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+resume = click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+
+
+@click.command()
+@click.argument("model")
+@as_json
+def inspect(model: str, as_json: bool) -> None:
+    """Say what MODEL (a folder or a Hub id) is, and which steps apply to it."""
+    from reattend.pipeline.inspection import inspect as look
+
+    show(look(model), as_json=as_json)
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("model")
+@as_json
+def plan(recipe: str, model: str, as_json: bool) -> None:
+    """Say what RECIPE would do to MODEL, from headers alone; nothing is written."""
+    import reattend
+
+    summary = reattend.plan(recipe, model).summary()
+    if not as_json:
+        summary["changes"] = _digest(summary["changes"])
+    show(summary, as_json=as_json)
+
+
+def _digest(changes: list[dict[str, Any]], most: int = 8) -> list[str]:
+    def text(tensors: list[dict[str, Any]]) -> str:
+        return ", ".join(f"{t['name']} {t['dtype']} {t['shape']}" for t in tensors)
+
+    lines = [f"{text(change['reads'])} -> {text(change['writes'])}" for change in changes[:most]]
+    rest = len(changes) - most
+    return lines + ([f"and {rest} more: --json lists all"] if rest > 0 else [])
+
+
+def _apply(recipe: Any, model: str, out: str, flags: dict[str, bool]) -> None:
+    import reattend
+
+    with progress("rewriting", nbytes=True) as report:
+        done = reattend.apply(
+            recipe,
+            model,
+            out,
+            resume=flags["resume"],
+            overwrite=flags["overwrite"],
+            progress=report,
+        )
+    summary = done.summary()
+    keys = (
+        "model",
+        "tensors_rewritten",
+        "tensors_kept",
+        "bytes_before",
+        "bytes_after",
+        "ratio",
+        "remarks",
+    )
+    show({"out": out, **{key: summary[key] for key in keys}}, as_json=flags["as_json"])
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("model")
+@click.argument("out")
+@resume
+@overwrite
+@as_json
+def apply(recipe: str, model: str, out: str, **flags: bool) -> None:
+    """Write MODEL rewritten by RECIPE (a YAML file or a built-in name) to the folder OUT."""
+    _apply(recipe, model, out, flags)
+
+
+@click.command()
+@click.argument("step")
+@click.argument("model")
+@click.argument("out")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the step (YAML).")
+@resume
+@overwrite
+@as_json
+def convert(step: str, model: str, out: str, settings: tuple[str, ...], **flags: bool) -> None:
+    """Apply one STEP, such as int8: a recipe of one step."""
+    from reattend.recipes.schema import parse_step
+
+    _apply([parse_step({"step": step, **_settings(settings)}, "convert")], model, out, flags)
+
+
+def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
+    import yaml
+
+    chosen = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise Refusal(f"--set {setting}: expected KEY=VALUE")
+        try:
+            chosen[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise Refusal(f"--set {setting}: the value is not valid YAML") from error
+    return chosen
+
+
+@click.command()
+@click.argument("out")
+@click.option("--against", metavar="MODEL", help="The source, to compare logits with.")
+@as_json
+def verify(out: str, against: str | None, as_json: bool) -> None:
+    """Load OUT strictly in a fresh process, without reattend, and check keys, numbers and logits."""
+    import reattend
+
+    report = reattend.verify(out, against=against)
+    show(report, as_json=as_json)
+    if report["problems"]:
+        raise Failure(f"{out}: {len(report['problems'])} problems, the first: {report['problems'][0]}")
+    if against is None and not as_json:
+        click.echo("logits were not compared: pass --against MODEL", err=True)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--text", required=True, metavar="FILE", help="UTF-8 text to measure on.")
+@click.option("--against", metavar="BASE", help="A second model, measured on the same tokens.")
+@click.option("--window", default=2048, show_default=True, help="Tokens in a window.")
+@click.option("--windows", type=click.IntRange(1), help="Windows to measure [default: all].")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, float64")
+@as_json
+def evaluate(model: str, text: str, as_json: bool, **options: Any) -> None:
+    """Measure perplexity with its error; against BASE also KL divergence and top-1 agreement."""
+    import reattend
+
+    with progress("evaluating", nbytes=False) as report:
+        result = reattend.evaluate(model, text, progress=report, **options)
+    show(result, as_json=as_json)
+
+
+@click.group()
+def recipes() -> None:
+    """List, show and copy the built-in recipes; print the JSON schema."""
+
+
+@recipes.command("list")
+@as_json
+def list_recipes(as_json: bool) -> None:
+    """List the built-in recipes."""
+    import yaml
+
+    from reattend.recipes.schema import builtin_recipes
+
+    texts = builtin_recipes()
+    show({name: yaml.safe_load(text)["description"] for name, text in texts.items()}, as_json=as_json)
+
+
+def _builtin(name: str) -> str:
+    from reattend.recipes.schema import builtin_recipes
+
+    texts = builtin_recipes()
+    if name not in texts:
+        raise Refusal(f"{name}: no such recipe; built in are {', '.join(texts)}")
+    return texts[name]
+
+
+@recipes.command("show")
+@click.argument("name")
+def show_recipe(name: str) -> None:
+    """Print a built-in recipe."""
+    click.echo(_builtin(name), nl=False)
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path))
+def copy_recipe(name: str, file: Path) -> None:
+    """Copy a built-in recipe to FILE, to be edited."""
+    text = _builtin(name)
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise Refusal(f"{file}: {error.strerror}") from error
+
+
+@recipes.command("schema")
+def schema() -> None:
+    """Print the JSON schema of recipes."""
+    from reattend.recipes.schema import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@click.command()
+@click.option("--out", default="demo-output", show_default=True, help="Folder for the converted model.")
+@overwrite
+@as_json
+def demo(out: str, overwrite: bool, as_json: bool) -> None:
+    """Convert, verify and evaluate the bundled model, offline."""
+    import reattend
+    from reattend import demo as bundled
+
+    planned = reattend.apply("int8", bundled.MODEL, out, overwrite=overwrite)
+    click.echo("converted; verifying in a fresh process ...", err=True)
+    checked = reattend.verify(out, against=bundled.MODEL)
+    with progress("evaluating", nbytes=False) as report:
+        measured = reattend.evaluate(
+            out, bundled.EVAL_TEXT, against=bundled.MODEL, window=bundled.WINDOW, progress=report
+        )
+    sizes = {"bytes_before": planned.checkpoint.nbytes, "bytes_after": planned.layout.nbytes}
+    show({"out": str(Path(out).resolve()), **sizes, **checked, **measured}, as_json=as_json)
+    sys.exit(1 if checked["problems"] else 0)
+
+
+evaluate.name = "eval"
+COMMANDS = (inspect, plan, apply, convert, verify, evaluate, recipes, demo)

@@ -1,0 +1,19 @@
+"""The two ways in which a request ends badly, and their exit codes."""
+
+from typing import ClassVar
+
+
+class ReattendError(Exception):
+    """Base of the errors that a user can act on; the message is one line."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class Refusal(ReattendError, ValueError):
+    """The input can't be taken: the message names the file, tensor or key. Nothing was written."""
+
+    exit_code = 2
+
+
+class Failure(ReattendError, RuntimeError):
+    """The work was started and did not succeed."""

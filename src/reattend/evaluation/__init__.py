@@ -1,0 +1,1 @@
+"""Measurements of a model: perplexity, divergence from a base, agreement."""

@@ -1,0 +1,63 @@
+"""load(): a checkpoint, converted or not, as a running model with its tokenizer."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reattend.errors import Failure, Refusal
+
+_LIBRARIES = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode and its tokenizer (None where the checkpoint has none)."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load(path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu") -> Loaded:
+    """Load a checkpoint through stock transformers; `dtype` is a torch dtype's name or "auto".
+
+    Raises `Refusal` for a folder that is not a checkpoint or a quantisation library that is absent.
+    """
+    import transformers
+
+    config = _config(Path(path))
+    _check_library(config)
+    names = config.get("architectures") or []
+    kind = getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
+    if kind is None:
+        raise Refusal(f"{path}/config.json: architecture {names[0]!r} is unknown to transformers")
+    try:
+        model = kind.from_pretrained(path, dtype=dtype, device_map={"": device}).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Failure(f"{path}: transformers can't load it: {str(error).splitlines()[0]}") from error
+    return Loaded(model, load_tokenizer(path))
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """Return the checkpoint's tokenizer, or None where it has no tokenizer files."""
+    from transformers import AutoTokenizer
+
+    if not any(Path(path).glob("tokenizer*")) and not (Path(path) / "vocab.json").exists():
+        return None
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((path / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path}: has no readable config.json") from error
+    return config
+
+
+def _check_library(config: dict[str, Any]) -> None:
+    from importlib.util import find_spec
+
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    library = _LIBRARIES.get(method)
+    if library and find_spec(library) is None:
+        raise Refusal(f"{method} is not installed, and the checkpoint needs it: pip install {method}")

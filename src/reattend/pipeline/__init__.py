@@ -1,0 +1,1 @@
+"""plan, apply and verify: recipes run over checkpoints."""

@@ -1,0 +1,93 @@
+"""Run by `verify` as a script of its own, where `reattend` can't be imported: stock transformers only.
+
+Usage: probe.py MODEL IDS.json RESULT.json [LOGITS.pt]. Loads strictly, checks keys, numbers and index, and
+saves logits of the given token ids (one window, 1-D).
+"""
+
+import json
+import sys
+import warnings
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+
+class _Barrier(MetaPathFinder):
+    """Makes the import of reattend fail, so that the proof does not lean on it."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Refuse reattend, leave everything else to the other finders."""
+        if name.partition(".")[0] == "reattend":
+            raise ImportError("reattend must not be needed to load its output")
+
+
+def _files(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+
+
+def _check_numbers(folder: Path) -> list[str]:
+    import torch
+    from safetensors import safe_open
+
+    problems, total = [], 0
+    for file in _files(folder):
+        with safe_open(folder / file, "pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a dict)
+                tensor = shard.get_tensor(name)
+                total += tensor.numel() * tensor.element_size()
+                if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                    problems.append(f"{file}: tensor {name!r} holds NaN or inf")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        promised = json.loads(index.read_text("utf-8"))["metadata"]["total_size"]
+        if promised != total:
+            problems.append(f"{index.name}: total_size {promised}, the headers add up to {total}")
+    return problems
+
+
+def _load(folder: Path) -> tuple[Any, list[str]]:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    names = json.loads((folder / "config.json").read_text("utf-8")).get("architectures")
+    kind = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
+    model, info = kind.from_pretrained(folder, dtype="float32", output_loading_info=True)
+    problems = [
+        f"{kind_}: {sorted(map(str, info[kind_]))[0]} (of {len(info[kind_])})"
+        for kind_ in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(kind_)
+    ]
+    return model.eval(), problems
+
+
+def _logits(model: Any, ids: list[int]) -> Any:
+    import torch
+
+    with torch.inference_mode():
+        output = model(torch.tensor([ids]))
+    return (output.logits if hasattr(output, "logits") else output.last_hidden_state)[0].float()
+
+
+def main() -> None:
+    """See the module."""
+    import torch
+
+    warnings.simplefilter("ignore")
+    folder, ids, result, *logits = map(Path, sys.argv[1:])
+    problems = _check_numbers(folder)
+    model, unloaded = _load(folder)
+    out = _logits(model, json.loads(ids.read_text()))
+    if not torch.isfinite(out).all():
+        problems.append("logits hold NaN or inf")
+    if logits:
+        torch.save(out, logits[0])
+    result.write_text(json.dumps(problems + unloaded))
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, _Barrier())
+    main()

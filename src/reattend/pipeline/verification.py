@@ -1,0 +1,109 @@
+"""verify(): prove in a fresh process, with stock transformers only, that an output is sound."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from reattend.checkpoint.index import Checkpoint, fingerprint, open_checkpoint
+from reattend.errors import Failure, Refusal
+from reattend.families import source_of
+from reattend.modeling.loading import load_tokenizer
+
+_PROBE = Path(__file__).with_name("probe.py")
+# Natural text, as random ids would meet the model far from where it is used.
+_PASSAGE = (
+    "The river rises in the hills north of the town and runs for about ninety kilometres to the sea. In "
+    "1874 a bridge of iron was built where the old ferry had crossed; it carried the railway until 1962, "
+    "when the line was closed. Today the station is a small museum, and the path along the water is used "
+    "by walkers, who come for the birds in spring and for the quiet in every other season of the year."
+)
+
+
+def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """Check the folder `out`, and its logits against the source model `against` if given.
+
+    Returns `problems` (empty means sound), and with `against` the `logits_error` (relative L2 over all
+    logits of a short passage, both in fp32) beside the `tolerance` that the step declared. Raises
+    `Refusal` where `out` is no output of reattend or `against` is not its source.
+    """
+    folder = Path(out)
+    checkpoint = open_checkpoint(folder)
+    manifest = _manifest(folder)
+    if against is not None:
+        _check_source(manifest, against)
+    ids = _token_ids(checkpoint, folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        problems = _probe(folder, ids, Path(scratch), "out")
+        report: dict[str, Any] = {
+            "model": str(out),
+            "problems": problems,
+            "tensors": len(checkpoint.tensors),
+        }
+        if against is None:
+            return report
+        problems += [f"source: {p}" for p in _probe(Path(against), ids, Path(scratch), "source")]
+        error = _distance(Path(scratch))
+    report |= {"logits_error": error, "tolerance": manifest["tolerance"], "tokens": len(ids)}
+    if not error <= manifest["tolerance"]:
+        problems.append(f"logits differ by {error:.4g}, more than {manifest['tolerance']}")
+    return report
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "reattend.json"
+    if not path.is_file():
+        raise Refusal(f"{folder}: has no reattend.json, so it is no output of reattend")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        float(manifest["tolerance"]), str(manifest["source"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{path}: is damaged") from error
+    return manifest
+
+
+def _check_source(manifest: dict[str, Any], against: str | os.PathLike[str]) -> None:
+    if not Path(against).is_dir():
+        raise Refusal(f"{against}: not a folder")
+    if fingerprint(open_checkpoint(against)) != manifest["source"]:
+        raise Refusal(f"{against}: is not the source that reattend.json records")
+
+
+def _token_ids(checkpoint: Checkpoint, folder: Path) -> list[int]:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None:
+        return list(tokenizer(_PASSAGE).input_ids)
+    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
+    vocab = source_of(checkpoint.config, specs).size("vocab")
+    return [(7919 * i + 13) % vocab for i in range(32)]  # no tokenizer: ids spread over the vocabulary
+
+
+def _probe(folder: Path, ids: list[int], scratch: Path, name: str) -> list[str]:
+    (scratch / "ids.json").write_text(json.dumps(ids))
+    result = scratch / f"{name}.json"
+    command = [str(folder), str(scratch / "ids.json"), str(result), str(scratch / f"{name}.pt")]
+    done = subprocess.run(
+        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", str(_PROBE), *command],
+        capture_output=True, text=True, env=_environment(), check=False,
+    )  # fmt: skip
+    if done.returncode or not result.exists():
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise Failure(f"{folder}: stock transformers can't load it: {last}")
+    problems: list[str] = json.loads(result.read_text())
+    return problems
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _distance(scratch: Path) -> float:
+    import torch
+
+    ours, theirs = (torch.load(scratch / f"{n}.pt", weights_only=True) for n in ("out", "source"))
+    if ours.shape != theirs.shape:
+        raise Failure(f"logits have shape {tuple(ours.shape)}, the source's {tuple(theirs.shape)}")
+    return float((ours - theirs).norm() / theirs.norm())

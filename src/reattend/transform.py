@@ -1,0 +1,42 @@
+"""The protocol of a transform: what it checks, which tensors go in and come out, what it edits."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from reattend.checkpoint.header import TensorSpec
+from reattend.families import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are read together, and the tensors that are written in their place."""
+
+    reads: tuple[str, ...]
+    writes: tuple[TensorSpec, ...]
+
+
+class Transform(Protocol):
+    """One step of a recipe. Instances are immutable and know no files."""
+
+    def check(self, source: Source) -> list[str]:
+        """Raise `Refusal` where the step can't apply; return remarks on what it leaves alone."""
+
+    def groups(self, source: Source) -> Iterator[Group]:
+        """Yield the groups; tensors in none of them are kept as they are."""
+
+    def apply(self, group: Group, tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+        """Turn a group's tensors into the ones that it writes. Pure."""
+
+    def edit_config(self, source: Source) -> dict[str, Any]:
+        """Return the config of the result, a new dict."""
+
+    def engines(self, source: Source) -> dict[str, str]:
+        """Say which engines can serve the result: engine -> "yes" or the reason why not."""
+
+    @property
+    def tolerance(self) -> float:
+        """The relative L2 error of logits that `verify` allows; 0 for a lossless step."""
