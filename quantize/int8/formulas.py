@@ -42,7 +42,7 @@ def quantize_channels(w_OI: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor,
     for i in range(0, w_OI.shape[0], rows):
         block = w_OI[i : i + rows].float()
         scales[i : i + rows] = scale = channel_scale(block, compute_dtype)
-        codes[i : i + rows] = block.div_(scale).round_()
+        codes[i : i + rows] = block.div(scale).round_()
     return codes, scales
 
 

@@ -99,7 +99,7 @@ class Int8(BaseModel):
         codes, scale = quantize_channels(weight, weight.dtype)
         if self.format == "bitsandbytes":
             # SCB is the row's absmax in bitsandbytes: exact in fp32, 8 + 7 significant bits.
-            values = (codes, (scale * CODE_MAX).flatten(), torch.zeros((), dtype=torch.uint8))
+            values: tuple[Tensor, ...] = (codes, (scale * CODE_MAX).flatten(), torch.zeros((), dtype=torch.uint8))
         else:
             values = (codes, scale.to(_TORCH[group.writes[1].dtype]))
         return {spec.name: value for spec, value in zip(group.writes, values, strict=True)}
@@ -125,7 +125,11 @@ class Int8(BaseModel):
             return {"transformers": "yes (bitsandbytes)", "vllm": no, "sglang": no}
         split = self.select != ("*",) or bool(self.keep)
         engine = "only if q/k/v and gate/up of a layer are quantised alike" if split else "yes"
-        return {"transformers": "yes (decompressed to 16 bit)", "vllm": engine, "sglang": engine}
+        return {
+            "transformers": "yes (weights decompressed, activations simulated: no speed)",
+            "vllm": engine,
+            "sglang": engine,
+        }
 
 
 def _compressed_tensors(ignore: list[str]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def lay_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str], max_bytes:
         shards[-1].append(spec)
         filled += spec.nbytes
         total += spec.nbytes
-    headers, places = {}, {}
+    headers: dict[str, bytes] = {}
+    places: dict[str, tuple[str, int]] = {}
     for number, members in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         headers[file], starts = render_header(members, metadata)

@@ -42,7 +42,7 @@ class ShardReader:
     def _fill(self, stored: StoredTensor, data: Tensor, offset: int) -> None:
         if stored.file not in self._open:
             self._open[stored.file] = os.open(self._folder / stored.file, os.O_RDONLY)
-        view = memoryview(data.numpy())
+        view = bytes_view(data)
         position = stored.start + offset
         while view:
             count = os.preadv(self._open[stored.file], [view], position)
@@ -57,9 +57,14 @@ class ShardReader:
         self._open.clear()
 
 
+def bytes_view(data: Tensor) -> memoryview:
+    """View a uint8 1-D tensor as bytes, writable, without copying."""
+    return data.numpy().data  # the buffer that numpy itself exports
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """View a tensor's bytes without copying (contiguous tensors)."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return bytes_view(tensor.contiguous().reshape(-1).view(torch.uint8))
 
 
 def all_finite(data: Tensor, dtype: str) -> bool:
@@ -71,5 +76,5 @@ def all_finite(data: Tensor, dtype: str) -> bool:
     if dtype.startswith("F8"):
         values = values.to(torch.float16)
     # Extremes carry NaN and inf along, and cost one pass where isfinite costs three.
-    chunks = values.split(1 << 18)
+    chunks = torch.split(values, 1 << 18)
     return all(bool(torch.isfinite(torch.stack((c.amax(), c.amin()))).all()) for c in chunks)

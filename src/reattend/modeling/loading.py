@@ -58,6 +58,6 @@ def _check_library(config: dict[str, Any]) -> None:
     from importlib.util import find_spec
 
     method = (config.get("quantization_config") or {}).get("quant_method")
-    library = _LIBRARIES.get(method)
+    library = _LIBRARIES.get(str(method))
     if library and find_spec(library) is None:
         raise Refusal(f"{method} is not installed, and the checkpoint needs it: pip install {method}")

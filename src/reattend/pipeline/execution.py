@@ -14,7 +14,7 @@ from pydantic import BaseModel
 import reattend
 from reattend.checkpoint.index import INDEX, fingerprint
 from reattend.checkpoint.staging import MAX_SHARD_BYTES, Staging
-from reattend.checkpoint.tensors import ShardReader, all_finite, tensor_bytes
+from reattend.checkpoint.tensors import ShardReader, all_finite, bytes_view, tensor_bytes
 from reattend.errors import Failure, Refusal
 from reattend.pipeline.planning import Plan, plan
 from reattend.recipes.schema import dump_recipe
@@ -135,7 +135,7 @@ def _copy(planned: Plan, group: Group, reader: ShardReader, staging: Staging) ->
     for offset, block in reader.blocks(stored):
         if not all_finite(block, stored.spec.dtype):
             raise Refusal(f"{stored.file}: tensor {stored.spec.name!r} holds NaN or inf")
-        staging.write(file, memoryview(block.numpy()), start + offset)
+        staging.write(file, bytes_view(block), start + offset)
 
 
 def _rewrite(planned: Plan, group: Group, reader: ShardReader, staging: Staging) -> None:

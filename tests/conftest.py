@@ -1,0 +1,19 @@
+"""Models that tests share."""
+
+from pathlib import Path
+
+import pytest
+
+from tiny_models import write_model
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = write_model(family, tmp_path_factory.mktemp("models") / family)
+        return made[family]
+
+    return get

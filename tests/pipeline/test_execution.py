@@ -1,0 +1,193 @@
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import reattend
+from reattend.errors import Failure, Refusal
+from reattend.pipeline import execution
+from tiny_models import write_model
+
+FORMATS = ("int8", "int8-bitsandbytes")
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.parametrize("recipe", FORMATS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "mixtral", "opt", "bert"])
+def test_output_loads_strictly_in_stock_transformers(models, tmp_path, family, recipe):
+    planned = reattend.apply(recipe, models(family), tmp_path / "out")
+    report = reattend.verify(tmp_path / "out", against=models(family))
+    assert report["problems"] == []
+    assert 0 < report["logits_error"] < 0.05
+    assert planned.summary()["bytes_after"] == sum(
+        t.nbytes for t in load_file(tmp_path / "out/model.safetensors").values()
+    )
+
+
+def test_every_other_byte_is_kept(tmp_path):
+    folder = write_model("llama", tmp_path / "in", max_shard_size="20KB")
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    extra = {
+        "unknown.extra": torch.arange(5),
+        "half": torch.ones(3).half(),
+        "tiny": torch.ones(7).to(torch.float8_e4m3fn),
+    }
+    save_file({k: v.clone() for k, v in load_file(shard).items()} | extra, shard, {"format": "pt"})
+    reattend.apply("int8", folder, tmp_path / "out", max_shard_bytes=15_000)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    out = {k: v for f in set(index["weight_map"].values()) for k, v in load_file(tmp_path / "out" / f).items()}
+    source = {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in out.values())
+    assert set(index["weight_map"]) == set(out)
+    for name, tensor in source.items():
+        if out[name].dtype != torch.int8:
+            assert torch.equal(out[name].view(torch.uint8).flatten(), tensor.reshape(-1).view(torch.uint8)), name
+        else:
+            assert torch.equal(out[name], torch.round(tensor.double() / out[name + "_scale"].double()).to(torch.int8))
+    assert (tmp_path / "out/notes/extra.txt").read_bytes() == b"kept \xff as it is"
+    assert (tmp_path / "out/generation_config.json").read_bytes() == (folder / "generation_config.json").read_bytes()
+    config, before = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "out", folder))
+    assert config.pop("quantization_config")
+    assert config == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_source_dtypes(tmp_path, dtype):
+    folder = write_model("llama", tmp_path / "in")
+    weights = {k: v.to(dtype).clone() for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    reattend.apply("int8", folder, tmp_path / "out")
+    out = load_file(tmp_path / "out/model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    error = (out[name].double() * out[name + "_scale"].double() - weights[name].double()).norm() / weights[
+        name
+    ].double().norm()
+    assert error < 0.01
+
+
+RUN = "import sys, reattend; reattend.apply('int8', sys.argv[1], sys.argv[2], resume=True)"
+
+
+def test_killed_at_any_moment_resumes_to_the_same_bytes(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("reattend.checkpoint.staging._SYNC_BYTES", 1)
+    reattend.apply("int8", models("llama"), tmp_path / "undisturbed")
+    whole = digest(tmp_path / "undisturbed")
+    # The child syncs after each group and takes its time, so that the kill falls at all stages.
+    slow = (
+        "import time, reattend.checkpoint.staging as s; s._SYNC_BYTES = 1; old = s._write_all\n"
+        "def slow(*a): time.sleep(0.003); old(*a)\n"
+        "s._write_all = slow; print('go', flush=True)\n"
+    )
+    rng = random.Random(0)
+    for _ in range(20):
+        out = tmp_path / "out"
+        command = [
+            sys.executable,
+            "-c",
+            "import reattend.pipeline.execution\n" + slow + RUN,
+            str(models("llama")),
+            str(out),
+        ]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(rng.uniform(0, 0.35))
+        child.kill()
+        child.communicate()
+        reattend.apply("int8", models("llama"), out, resume=True, overwrite=True)
+        assert digest(out) == whole
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "undisturbed"]
+        shutil.rmtree(out)
+
+
+def interrupt(monkeypatch, model, out):
+    calls = []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reattend.apply("int8", model, out, progress=stop)
+
+
+def test_resume_refuses_another_recipe_and_changed_weights(models, tmp_path, monkeypatch):
+    folder = shutil.copytree(models("llama"), tmp_path / "in")
+    interrupt(monkeypatch, folder, tmp_path / "out")
+    with pytest.raises(Refusal, match="--resume"):
+        reattend.apply("int8", folder, tmp_path / "out")
+    with pytest.raises(Refusal, match="another recipe"):
+        reattend.apply("int8-bitsandbytes", folder, tmp_path / "out", resume=True)
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    with pytest.raises(Refusal, match="another recipe"):
+        reattend.apply("int8", folder, tmp_path / "out", resume=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_output_is_replaced_only_when_told(models, tmp_path):
+    reattend.apply("int8", models("llama"), tmp_path / "out")
+    before = digest(tmp_path / "out")
+    with pytest.raises(Refusal, match="--overwrite"):
+        reattend.apply("int8-bitsandbytes", models("llama"), tmp_path / "out")
+    assert digest(tmp_path / "out") == before
+    reattend.apply("int8-bitsandbytes", models("llama"), tmp_path / "out", overwrite=True)
+    assert digest(tmp_path / "out") != before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_runs_into_one_output(models, tmp_path):
+    def second(done, total):
+        with pytest.raises(Refusal, match="another run"):
+            reattend.apply("int8", models("llama"), tmp_path / "out", resume=True)
+
+    reattend.apply("int8", models("llama"), tmp_path / "out", progress=second)
+    assert (tmp_path / "out/config.json").exists()
+
+
+def test_a_full_disk_is_known_before_the_start(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(execution.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(Refusal, match="needs"):
+        reattend.apply("int8", models("llama"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_no_output_and_resumes(models, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with pytest.raises(Failure, match="--resume"):
+            reattend.apply("int8", models("llama"), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
+    reattend.apply("int8", models("llama"), tmp_path / "out", resume=True)
+    assert reattend.verify(tmp_path / "out")["problems"] == []
+
+
+def test_verify_finds_what_is_wrong(models, tmp_path):
+    reattend.apply("int8", models("llama"), tmp_path / "out")
+    path = tmp_path / "out/model.safetensors"
+    content = {k: v.clone() for k, v in load_file(path).items()}
+    norm = content.pop("model.layers.1.input_layernorm.weight")
+    save_file(content, path, {"format": "pt"})
+    assert any("missing" in problem for problem in reattend.verify(tmp_path / "out")["problems"])
+    save_file(content | {"model.layers.1.input_layernorm.weight": norm * 3}, path, {"format": "pt"})
+    problems = reattend.verify(tmp_path / "out", against=models("llama"))["problems"]
+    assert any("logits differ" in problem for problem in problems)
+    with pytest.raises(Refusal, match="not the source"):
+        reattend.verify(tmp_path / "out", against=models("qwen2"))
