@@ -49,6 +49,10 @@ class Int8(BaseModel):
             raise Refusal("config.json: quantization_config: the source is quantised already")
         if "conv1d" in source.family.features:
             raise Refusal(f"int8: {source.family.model_type} stores Conv1D layers, which neither format covers")
+        if "experts" in source.family.features:
+            raise Refusal(
+                f"int8: {source.family.model_type} stacks its experts, and stock transformers can't load the mix"
+            )
         modules = dict(source.linears())
         for pattern in (*self.select, *self.keep):
             if not fnmatch.filter(modules, pattern):
@@ -63,19 +67,15 @@ class Int8(BaseModel):
 
     def _remarks(self, source: Source) -> list[str]:
         remarks = [f"{source.family.head} is kept in 16 bit" + (" (tied)" if source.tied else "")]
-        if "experts" in source.family.features:
-            remarks.append("experts and router are kept in 16 bit: transformers stacks them into one parameter")
         kept = len(dict(source.linears())) - len(self._modules(source))
         return remarks + ([f"{kept} linear layers are kept by select, keep or family"] if kept else [])
 
     def _modules(self, source: Source) -> list[str]:
-        routers = "block_sparse_moe.gate"
         return [
             module
             for module, _ in source.linears()
             if any(fnmatch.fnmatchcase(module, p) for p in self.select)
             and not any(fnmatch.fnmatchcase(module, p) for p in self.keep)
-            and not module.endswith(routers)
         ]
 
     def groups(self, source: Source) -> Iterator[Group]:

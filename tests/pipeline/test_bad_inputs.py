@@ -171,6 +171,7 @@ def test_places_that_are_refused(models, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "in"]
 
 
-def test_gpt2_is_refused_by_name(models):
-    with pytest.raises(Refusal, match="Conv1D"):
-        reattend.plan("int8", models("gpt2"))
+@pytest.mark.parametrize(("family", "word"), [("gpt2", "Conv1D"), ("mixtral", "experts")])
+def test_unsupported_families_are_refused_by_name(models, family, word):
+    with pytest.raises(Refusal, match=word):
+        reattend.plan("int8", models(family))

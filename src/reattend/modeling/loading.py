@@ -34,7 +34,18 @@ def load(path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cp
         model = kind.from_pretrained(path, dtype=dtype, device_map={"": device}).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise Failure(f"{path}: transformers can't load it: {str(error).splitlines()[0]}") from error
+    if dtype != "auto":
+        _cast(model, dtype)
     return Loaded(model, load_tokenizer(path))
+
+
+def _cast(model: Any, dtype: str) -> None:
+    """Cast what the loader of bitsandbytes leaves in its stored dtype; codes stay as they are."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:

@@ -61,6 +61,9 @@ def _load(folder: Path) -> tuple[Any, list[str]]:
         for kind_ in ("missing_keys", "unexpected_keys", "mismatched_keys")
         if info.get(kind_)
     ]
+    for parameter in model.parameters():  # bitsandbytes' loader leaves some in their stored dtype
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
     return model.eval(), problems
 
 
