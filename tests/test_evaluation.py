@@ -1,3 +1,4 @@
+import json
 import math
 import shutil
 
@@ -7,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reattend
 from reattend import demo
-from reattend.errors import Refusal
+from reattend.errors import Failure, Refusal
 
 
 def reference(windows):
@@ -57,9 +58,17 @@ def test_refusals(models, tmp_path):
 
 def test_another_tokenizer_is_refused(tmp_path):
     other = shutil.copytree(demo.MODEL, tmp_path / "other")
-    text = (other / "tokenizer.json").read_text("utf-8")
-    (other / "tokenizer.json").write_text(text.replace('"the"', '"thX"', 1).replace('"Ġthe"', '"ĠthX"'))
+    content = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    content["model"]["merges"] = content["model"]["merges"][:50]
+    (other / "tokenizer.json").write_text(json.dumps(content))
     changed = AutoTokenizer.from_pretrained(other)("the cat and the hat").input_ids
     assert changed != AutoTokenizer.from_pretrained(demo.MODEL)("the cat and the hat").input_ids
     with pytest.raises(Refusal, match="different tokens"):
         reattend.evaluate(other, demo.EVAL_TEXT, against=demo.MODEL, window=64, windows=1)
+
+
+def test_a_broken_tokenizer_is_a_failure_that_names_the_model(tmp_path):
+    other = shutil.copytree(demo.MODEL, tmp_path / "other")
+    (other / "tokenizer.json").write_text("{")
+    with pytest.raises(Failure, match="other: its tokenizer"):
+        reattend.evaluate(other, demo.EVAL_TEXT, window=64, windows=1)

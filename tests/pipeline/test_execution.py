@@ -169,7 +169,7 @@ def test_a_full_disk_is_known_before_the_start(models, tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_leaves_no_output_and_resumes(models, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, limits[1]))
     try:
         with pytest.raises(Failure, match="--resume"):
             reattend.apply("int8", models("llama"), tmp_path / "out")

@@ -40,5 +40,14 @@ def main() -> None:
     except ReattendError as error:
         if "--debug" in sys.argv:
             raise
-        click.echo(f"reattend: error: {' '.join(str(error).split())}", err=True)
+        _tell(str(error))
         sys.exit(error.exit_code)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        _tell(f"{type(error).__name__}: {error} (run with --debug for the traceback)")
+        sys.exit(1)
+
+
+def _tell(message: str) -> None:
+    click.echo(f"reattend: error: {' '.join(message.split())}", err=True)

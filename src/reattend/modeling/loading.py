@@ -54,7 +54,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
     if not any(Path(path).glob("tokenizer*")) and not (Path(path) / "vocab.json").exists():
         return None
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise Failure(f"{path}: its tokenizer can't be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def _config(path: Path) -> dict[str, Any]:
