@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from hypothesis import settings
 from tiny_models import write_model
+
+# The machines that run this are shared: a slow example is no finding.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 
 @pytest.fixture(scope="session")
