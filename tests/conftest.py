@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-
 from hypothesis import settings
+
 from tiny_models import write_model
 
 # The machines that run this are shared: a slow example is no finding.

@@ -44,8 +44,8 @@ def apply(
     _check_place(planned, target)
     staging = Staging(target, _run_key(planned), resume=resume, overwrite=overwrite)
     with staging:
+        _check_space(planned, staging)
         try:
-            _check_space(planned, staging)
             staging.open_shards(planned.layout)
             _stream(planned, staging, progress)
             _write_sidecars(planned, staging)
@@ -94,6 +94,8 @@ def _check_space(planned: Plan, staging: Staging) -> None:
     present = sum(f.stat().st_blocks * 512 for f in staging.folder.rglob("*") if f.is_file())
     free = shutil.disk_usage(staging.folder).free
     if planned.disk_bytes > free + present:
+        if not staging.done:
+            staging.discard()
         raise Refusal(f"{staging.out}: needs {planned.disk_bytes} bytes, {free} are free")
 
 
