@@ -1,5 +1,6 @@
 """The command line. Nothing here imports torch before a command needs it."""
 
+import logging
 import os
 import sys
 import warnings
@@ -30,6 +31,7 @@ def _silence() -> None:
              "TOKENIZERS_PARALLELISM": "false", "BITSANDBYTES_NOWELCOME": "1", "TQDM_DISABLE": "1"}  # fmt: skip
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
 
