@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,7 +165,15 @@ def test_places_that_are_refused(models, tmp_path):
     folder = shutil.copytree(models("llama"), tmp_path / "in")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
-    for out in (folder, folder / "out", tmp_path, tmp_path / "full", tmp_path / "no" / "out", folder / "config.json"):
+    for out in (
+        folder,
+        folder / "out",
+        tmp_path,
+        tmp_path / "full",
+        tmp_path / "no" / "out",
+        folder / "config.json",
+        Path("/proc/out"),
+    ):
         with pytest.raises(Refusal):
             reattend.apply("int8", folder, out)
     assert (tmp_path / "full" / "x").read_text() == "mine"

@@ -80,7 +80,10 @@ class Staging:
             if not self._overwrite:
                 raise Refusal(f"{self.out}: an interrupted run is there; pass --resume or --overwrite")
             shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refusal(f"{self.out.parent}: cannot be written to ({error.strerror})") from error
         self._journal = (self.folder / _JOURNAL).open("a+b")
         self._lock()
         self._recall()
