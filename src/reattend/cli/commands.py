@@ -216,7 +216,7 @@ def demo(out: str, overwrite: bool, as_json: bool) -> None:
     checked = reattend.verify(out, against=bundled.MODEL)
     with progress("evaluating", nbytes=False) as report:
         measured = reattend.evaluate(
-            out, bundled.EVAL_TEXT, against=bundled.MODEL, window=bundled.WINDOW, progress=report
+            out, bundled.EVAL_TEXT, against=bundled.MODEL, window=bundled.WINDOW, dtype="float32", progress=report
         )
     sizes = {"bytes_before": planned.checkpoint.nbytes, "bytes_after": planned.layout.nbytes}
     show({"out": str(Path(out).resolve()), **sizes, **checked, **measured}, as_json=as_json)
