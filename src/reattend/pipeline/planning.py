@@ -15,7 +15,7 @@ from reattend.families import Source, source_of
 from reattend.recipes.schema import load_recipe
 from reattend.transform import Group, Transform
 
-# Resident bytes of a Python process with torch imported and the copy buffers (scripts/bench/streaming measures 0.33 GB with groups).
+# Resident bytes of a Python process with torch and the copy buffers; scripts/bench/streaming saw 0.33 GB in all.
 PROCESS_BYTES = 400_000_000
 
 
