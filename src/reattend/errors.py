@@ -9,6 +9,12 @@ class ReattendError(Exception):
     exit_code: ClassVar[int] = 1
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of a foreign error's message, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class Refusal(ReattendError, ValueError):
     """The input can't be taken: the message names the file, tensor or key. Nothing was written."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reattend.checkpoint.header import TensorSpec
+from reattend.checkpoint.index import Checkpoint
 from reattend.errors import Refusal
 
 
@@ -178,8 +179,10 @@ class Source:
                 yield module, (self.size(rows), self.size(columns))
 
 
-def source_of(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Source:
+def source_of(checkpoint: Checkpoint) -> Source:
     """Find the family and check that config and tensors agree. Raises `Refusal` naming key or tensor."""
+    config = checkpoint.config
+    tensors = {name: stored.spec for name, stored in checkpoint.tensors.items()}
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:

@@ -117,7 +117,7 @@ SHARDED = {
 }
 
 
-def refuse(folder, out, words):
+def check_refused(folder, out, words):
     with pytest.raises(Refusal) as caught:
         reattend.apply("int8", folder, out)
     assert words in str(caught.value)
@@ -129,14 +129,14 @@ def refuse(folder, out, words):
 def test_bad_single_file(models, tmp_path, edit, words):
     folder = shutil.copytree(models("llama"), tmp_path / "in")
     edit(folder)
-    refuse(folder, tmp_path / "out", words)
+    check_refused(folder, tmp_path / "out", words)
 
 
 @pytest.mark.parametrize(("edit", "words"), SHARDED.values(), ids=SHARDED)
 def test_bad_shards(tmp_path, edit, words):
     folder = write_model("llama", tmp_path / "in", max_shard_size="20KB")
     edit(folder)
-    refuse(folder, tmp_path / "out", words)
+    check_refused(folder, tmp_path / "out", words)
 
 
 RECIPES = {

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reattend
-from reattend.errors import Failure, Refusal
+from reattend.errors import Failure, Refusal, first_line
 from reattend.pipeline import execution
 from tiny_models import write_model
 
@@ -192,3 +192,16 @@ def test_verify_finds_what_is_wrong(models, tmp_path):
     assert any("logits differ" in problem for problem in problems)
     with pytest.raises(Refusal, match="not the source"):
         reattend.verify(tmp_path / "out", against=models("qwen2"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"tolerance": "0.1", "source": "x"}', '{"tolerance": 0.1}'])
+def test_a_damaged_manifest_is_refused(models, tmp_path, content):
+    reattend.apply("int8", models("llama"), tmp_path / "out")
+    (tmp_path / "out/reattend.json").write_text(content)
+    with pytest.raises(Refusal, match="reattend.json"):
+        reattend.verify(tmp_path / "out")
+
+
+def test_foreign_errors_become_one_line():
+    assert first_line(ValueError("\n a\nb")) == "a"
+    assert first_line(ValueError()) == "ValueError"

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from reattend.errors import Failure, Refusal
+from reattend.errors import Failure, Refusal, first_line
 
 _PRIVATE = {".git", ".cache"}  # version control and download bookkeeping, not part of a checkpoint
 
@@ -63,7 +63,7 @@ class HubRepository:
         except HFValidationError as error:
             raise Refusal(f"{self.name}: neither a folder here nor a Hub id") from error
         except (HfHubHTTPError, OSError) as error:
-            raise Failure(f"{self.name}: no such folder here, and the Hub answers: {_line(error)}") from error
+            raise Failure(f"{self.name}: no such folder here, and the Hub answers: {first_line(error)}") from error
 
     def read(self, file: str, start: int, length: int) -> bytes:
         """See `Files.read`."""
@@ -78,12 +78,18 @@ class HubRepository:
             raise Failure(f"{self.name}/{file}: the Hub answered {answer.status_code} to a range")
         return bytes(answer.content[:length])
 
+    def download(self) -> Path:
+        """Download the repository into the Hub's cache; return its folder there."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+        try:
+            return Path(snapshot_download(self.name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise Failure(f"{self.name}: cannot be downloaded: {first_line(error)}") from error
 
 
-def open_files(model: str | os.PathLike[str]) -> Files:
+def open_files(model: str | os.PathLike[str]) -> LocalFolder | HubRepository:
     """Return the files of a local folder, or of a Hub repository when no such folder exists."""
     path = Path(model)
     if path.is_dir():

@@ -60,8 +60,7 @@ def evaluate(
 
 
 def _check(model: str | os.PathLike[str], window: int) -> Source:
-    checkpoint = open_checkpoint(model)
-    source = source_of(checkpoint.config, {n: t.spec for n, t in checkpoint.tensors.items()})
+    source = source_of(open_checkpoint(model))
     if "encoder" in source.family.features:
         raise Refusal(f"{model}: {source.family.model_type} is an encoder, perplexity is not defined for it")
     limit = source.get("max_position_embeddings") or source.get("n_positions")

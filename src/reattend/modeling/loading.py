@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reattend.errors import Failure, Refusal
+from reattend.errors import Failure, Refusal, first_line
 
 _LIBRARIES = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
 
@@ -33,7 +33,7 @@ def load(path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cp
     try:
         model = kind.from_pretrained(path, dtype=dtype, device_map={"": device}).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise Failure(f"{path}: transformers can't load it: {str(error).splitlines()[0]}") from error
+        raise Failure(f"{path}: transformers can't load it: {first_line(error)}") from error
     if dtype != "auto":
         _cast(model, dtype)
     return Loaded(model, load_tokenizer(path))
@@ -57,7 +57,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        raise Failure(f"{path}: its tokenizer can't be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise Failure(f"{path}: its tokenizer can't be loaded: {first_line(error)}") from error
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel
 
 import reattend
+from reattend.checkpoint.files import LocalFolder, open_files
 from reattend.checkpoint.index import INDEX, fingerprint
 from reattend.checkpoint.staging import MAX_SHARD_BYTES, Staging
 from reattend.checkpoint.tensors import ShardReader, all_finite, bytes_view, tensor_bytes
@@ -61,19 +62,8 @@ def apply(
 
 def _local(model: str | os.PathLike[str]) -> Path:
     """Return the folder of a model, downloading a Hub repository if that is what `model` names."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    plan_name = str(model)
-    if plan_name.count("/") != 1 or plan_name.startswith((".", "/", "~")) or path.exists():
-        raise Refusal(f"{plan_name}: not a folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(plan_name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise Failure(f"{plan_name}: cannot be downloaded: {str(error).splitlines()[0]}") from error
+    files = open_files(model)
+    return files.path if isinstance(files, LocalFolder) else files.download()
 
 
 def _check_place(planned: Plan, out: Path) -> None:

@@ -15,8 +15,8 @@ from reattend.recipes.table import TRANSFORMS
 def inspect(model: str | os.PathLike[str]) -> dict[str, Any]:
     """Describe `model`, a folder or a Hub id; sizes in bytes. Raises `Refusal` for unsound checkpoints."""
     checkpoint = open_checkpoint(model)
-    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
-    source = source_of(checkpoint.config, specs)
+    source = source_of(checkpoint)
+    specs = source.tensors
     return {
         "model": checkpoint.files.name,
         "family": source.family.model_type,

@@ -103,8 +103,7 @@ def plan(
     if len(steps) != 1:
         raise Refusal("a recipe of several steps is not supported yet: apply them one after the other")
     checkpoint = open_checkpoint(model)
-    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
-    source = source_of(checkpoint.config, specs)
+    source = source_of(checkpoint)
     transform: Transform = steps[0]  # type: ignore[assignment]
     remarks = transform.check(source)
     if checkpoint.ignored:

@@ -1,6 +1,6 @@
 """Run by `verify` as a script of its own, where `reattend` can't be imported: stock transformers only.
 
-Usage: probe.py MODEL IDS.json RESULT.json [LOGITS.pt]. Loads strictly, checks keys, numbers and index, and
+Usage: probe.py MODEL IDS.json RESULT.json LOGITS.pt. Loads strictly, checks keys, numbers and index, and
 saves logits of the given token ids (one window, 1-D).
 """
 
@@ -80,14 +80,13 @@ def main() -> None:
     import torch
 
     warnings.simplefilter("ignore")
-    folder, ids, result, *logits = map(Path, sys.argv[1:])
+    folder, ids, result, logits = map(Path, sys.argv[1:])
     problems = _check_numbers(folder)
     model, unloaded = _load(folder)
     out = _logits(model, json.loads(ids.read_text()))
     if not torch.isfinite(out).all():
         problems.append("logits hold NaN or inf")
-    if logits:
-        torch.save(out, logits[0])
+    torch.save(out, logits)
     result.write_text(json.dumps(problems + unloaded))
 
 

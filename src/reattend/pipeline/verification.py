@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from reattend.checkpoint.index import Checkpoint, fingerprint, open_checkpoint
+from reattend.checkpoint.index import Checkpoint, fingerprint, open_checkpoint, read_json
 from reattend.errors import Failure, Refusal
 from reattend.families import source_of
 from reattend.modeling.loading import load_tokenizer
@@ -32,7 +32,7 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
     """
     folder = Path(out)
     checkpoint = open_checkpoint(folder)
-    manifest = _manifest(folder)
+    manifest = _manifest(checkpoint)
     if against is not None:
         _check_source(manifest, against)
     ids = _token_ids(checkpoint, folder)
@@ -53,15 +53,10 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
     return report
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "reattend.json"
-    if not path.is_file():
-        raise Refusal(f"{folder}: has no reattend.json, so it is no output of reattend")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        float(manifest["tolerance"]), str(manifest["source"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise Refusal(f"{path}: is damaged") from error
+def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    manifest = read_json(checkpoint.files, checkpoint.sizes, "reattend.json")  # only our outputs have one
+    if not isinstance(manifest.get("tolerance"), (int, float)) or not isinstance(manifest.get("source"), str):
+        raise Refusal(f"{checkpoint.files.name}/reattend.json: is damaged")
     return manifest
 
 
@@ -76,8 +71,7 @@ def _token_ids(checkpoint: Checkpoint, folder: Path) -> list[int]:
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
         return list(tokenizer(_PASSAGE).input_ids)
-    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
-    vocab = source_of(checkpoint.config, specs).size("vocab")
+    vocab = source_of(checkpoint).size("vocab")
     return [(7919 * i + 13) % vocab for i in range(32)]  # no tokenizer: ids spread over the vocabulary
 
 
