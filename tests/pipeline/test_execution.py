@@ -198,7 +198,7 @@ def test_verify_finds_what_is_wrong(models, tmp_path):
 def test_a_damaged_manifest_is_refused(models, tmp_path, content):
     reattend.apply("int8", models("llama"), tmp_path / "out")
     (tmp_path / "out/reattend.json").write_text(content)
-    with pytest.raises(Refusal, match="reattend.json"):
+    with pytest.raises(Refusal, match=r"reattend\.json"):
         reattend.verify(tmp_path / "out")
 
 
