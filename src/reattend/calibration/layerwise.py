@@ -1,0 +1,168 @@
+"""Run token windows through a model layer by layer: each layer's weights are in memory once, alone.
+
+With a model that accelerate offloads to disk, the peak is one layer plus the hidden states of all windows,
+and every weight is read once per pass, however many windows there are.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reattend.errors import Failure
+from reattend.families import Family
+
+
+@dataclass
+class LayerPass:
+    """One layer with its weights in memory, and what every window of every text feeds it.
+
+    `hidden` maps a text's name to (windows, tokens, hidden size), on the CPU in the model's dtype.
+    """
+
+    index: int
+    module: nn.Module
+    hidden: dict[str, Tensor]
+    device: torch.device
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    _ran: bool = False
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """Run the layer on `inputs` (1, tokens, hidden size), with the model's own masks and positions."""
+        args, kwargs = self._arguments
+        output = self.module(inputs.to(self.device), *args, **kwargs)
+        if not isinstance(output, Tensor):
+            raise Failure(f"layer {self.index}: returns {type(output).__name__}, a tensor was expected")
+        return output
+
+    def run(self) -> None:
+        """Run the layer once on every window and replace `hidden` by its outputs: attach hooks before."""
+        with torch.inference_mode():
+            for states in self.hidden.values():
+                for window in states.split(1):
+                    window.copy_(self.call(window))
+        self._ran = True
+
+
+def layer_passes(
+    model: nn.Module, family: Family, tokens: Mapping[str, Tensor], device: str | torch.device = "cpu"
+) -> Iterator[LayerPass]:
+    """Yield a `LayerPass` per layer, in order; `tokens` maps names to ids (windows, tokens).
+
+    All texts must have the same window length. A layer that the consumer did not `run` is run after it. The
+    weights are on `device` only while their layer is current.
+    """
+    layers = _layers(model, family)
+    hidden, arguments = _first_inputs(model, layers, tokens)
+    for index, layer in enumerate(layers):
+        with _resident(layer, torch.device(device)):
+            current = LayerPass(index, layer, hidden, torch.device(device), _to(arguments[index], device))
+            yield current
+            if not current._ran:
+                current.run()
+
+
+def _layers(model: nn.Module, family: Family) -> nn.ModuleList:
+    for name in (family.prefix + family.layer, family.layer):
+        try:
+            found = model.get_submodule(name)
+        except AttributeError:
+            continue
+        assert isinstance(found, nn.ModuleList), name
+        return found
+    raise Failure(f"{type(model).__name__}: has no {family.prefix}{family.layer}")
+
+
+class _Recorder(nn.Module):
+    """Stands in for a layer: passes its input on and keeps the other arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: Tensor | None = None
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Keep the arguments; return `hidden` as it is."""
+        self.inputs, self.arguments = hidden, (args, kwargs)
+        return hidden
+
+
+def _first_inputs(
+    model: nn.Module, layers: nn.ModuleList, tokens: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[Any]]:
+    """Return every window's input to the first layer, and each layer's other arguments.
+
+    Those depend on the window's length alone (masks, positions), as no window is padded: one set serves all.
+    """
+    if len({ids.shape[1] for ids in tokens.values()}) != 1:
+        raise ValueError("texts must be cut into windows of one length")
+    originals = list(layers)
+    recorders = [_Recorder() for _ in originals]
+    try:
+        for i, recorder in enumerate(recorders):
+            layers[i] = recorder
+        hidden = {name: _embed(model, recorders[0], ids) for name, ids in tokens.items()}
+    finally:
+        for i, layer in enumerate(originals):
+            layers[i] = layer
+    return hidden, [recorder.arguments for recorder in recorders]
+
+
+def _embed(model: nn.Module, first: _Recorder, ids: Tensor) -> Tensor:
+    rows = []
+    with torch.inference_mode():
+        for window in ids.split(1):
+            _body(model)(window.to(_input_device(model)), use_cache=False)
+            assert first.inputs is not None
+            rows.append(first.inputs.cpu().clone())
+    return torch.cat(rows)
+
+
+def _body(model: Any) -> Any:
+    """The model without its head, whose logits nobody needs here."""
+    return getattr(model, model.base_model_prefix, model)
+
+
+def _input_device(model: Any) -> torch.device:
+    device: torch.device = model.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+@contextmanager
+def _resident(layer: nn.Module, device: torch.device) -> Iterator[None]:
+    """Keep a layer's weights on `device`, loading what accelerate offloaded once instead of per call."""
+    hooks = [(m, m._hf_hook) for m in layer.modules() if hasattr(m, "_hf_hook")]
+    offloaded: list[tuple[nn.Module, Any]] = [(m, hook) for m, hook in hooks if getattr(hook, "offload", False)]
+    homes = [hook.execution_device for _, hook in hooks]
+    home = next(layer.parameters()).device
+    try:
+        for _, hook in hooks:
+            hook.execution_device = device
+        for module, hook in offloaded:
+            hook.pre_forward(module)
+            hook.offload = False
+        if not offloaded:
+            layer.to(device)
+        yield
+    finally:
+        for module, hook in offloaded:
+            hook.offload = True
+            hook.post_forward(module, None)
+        for (_, hook), old in zip(hooks, homes, strict=True):
+            hook.execution_device = old
+        if not offloaded:
+            layer.to(home)
+
+
+def _to(value: Any, device: str | torch.device) -> Any:
+    """Move the tensors of nested tuples and dicts."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return value
