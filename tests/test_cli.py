@@ -52,7 +52,7 @@ def test_inspect_and_plan_as_json():
     )
     assert looked["cache_bytes_per_token"] == 5 * 2 * 2 * 32 * 2
     planned = json.loads(run("plan", "int8", demo.MODEL, "--json").stdout)
-    assert planned["tensors_rewritten"] == 5 * 7
+    assert planned["steps"][0]["tensors_rewritten"] == 5 * 7
     assert planned["bytes_before"] == looked["bytes"]
 
 

@@ -12,7 +12,7 @@ from reattend.checkpoint.header import TensorSpec
 from reattend.errors import Refusal
 from reattend.families import Source
 from reattend.quantize.int8.formulas import CODE_MAX, quantize_channels
-from reattend.transform import Group
+from reattend.transform import Group, Passes
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _TORCH = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
@@ -93,7 +93,18 @@ class Int8(BaseModel):
         dtype = weight.dtype if weight.dtype in _TORCH else "BF16"
         return (TensorSpec(f"{module}.weight_scale", dtype, (rows, 1)),)
 
-    def apply(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """No text is needed: the codes follow from the weights alone."""
+        return ()
+
+    def calibrate(self, source: Source, passes: Passes) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """No statistics are needed."""
+        return iter(())
+
+    def apply(
+        self, group: Group, tensors: Mapping[str, Tensor], statistics: Mapping[str, dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         """Quantise the group's one weight."""
         (weight,) = (tensors[name] for name in group.reads)
         codes, scale = quantize_channels(weight, weight.dtype)

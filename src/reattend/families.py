@@ -181,8 +181,11 @@ class Source:
 
 def source_of(checkpoint: Checkpoint) -> Source:
     """Find the family and check that config and tensors agree. Raises `Refusal` naming key or tensor."""
-    config = checkpoint.config
-    tensors = {name: stored.spec for name, stored in checkpoint.tensors.items()}
+    return describe(checkpoint.config, {name: stored.spec for name, stored in checkpoint.tensors.items()})
+
+
+def describe(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Source:
+    """The same for a config and tensor specs that are on no disk yet."""
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:

@@ -1,6 +1,6 @@
 """The protocol of a transform: what it checks, which tensors go in and come out, what it edits."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,6 +9,11 @@ from reattend.families import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from reattend.calibration.layerwise import LayerPass
+
+# Starts a pass over the layers: each call reads the model's weights once more.
+Passes = Callable[[], "Iterator[LayerPass]"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,20 @@ class Transform(Protocol):
     def check(self, source: Source) -> list[str]:
         """Raise `Refusal` where the step can't apply; return remarks on what it leaves alone."""
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that `calibrate` runs on: none, or `calibration`, or also `selection`."""
+
+    def calibrate(self, source: Source, passes: Passes) -> "Iterator[tuple[str, dict[str, Tensor]]]":
+        """Yield named statistics, such as those of one layer; they are kept on disk until `apply`."""
+
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield the groups; tensors in none of them are kept as they are."""
 
-    def apply(self, group: Group, tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-        """Turn a group's tensors into the ones that it writes. Pure."""
+    def apply(
+        self, group: Group, tensors: "Mapping[str, Tensor]", statistics: "Mapping[str, dict[str, Tensor]]"
+    ) -> "dict[str, Tensor]":
+        """Turn a group's tensors into the ones that it writes. Pure; `statistics` is read when asked for."""
 
     def edit_config(self, source: Source) -> dict[str, Any]:
         """Return the config of the result, a new dict."""

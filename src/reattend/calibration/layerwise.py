@@ -42,8 +42,8 @@ class LayerPass:
         """Run the layer once on every window and replace `hidden` by its outputs: attach hooks before."""
         with torch.inference_mode():
             for states in self.hidden.values():
-                for window in states.split(1):
-                    window.copy_(self.call(window))
+                for i in range(len(states)):
+                    states[i : i + 1].copy_(self.call(states[i : i + 1]))
         self._ran = True
 
 
@@ -114,8 +114,8 @@ def _first_inputs(
 def _embed(model: nn.Module, first: _Recorder, ids: Tensor) -> Tensor:
     rows = []
     with torch.inference_mode():
-        for window in ids.split(1):
-            _body(model)(window.to(_input_device(model)), use_cache=False)
+        for i in range(len(ids)):
+            _body(model)(ids[i : i + 1].to(_input_device(model)), use_cache=False)
             assert first.inputs is not None
             rows.append(first.inputs.cpu().clone())
     return torch.cat(rows)
@@ -134,8 +134,8 @@ def _input_device(model: Any) -> torch.device:
 @contextmanager
 def _resident(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """Keep a layer's weights on `device`, loading what accelerate offloaded once instead of per call."""
-    hooks = [(m, m._hf_hook) for m in layer.modules() if hasattr(m, "_hf_hook")]
-    offloaded: list[tuple[nn.Module, Any]] = [(m, hook) for m, hook in hooks if getattr(hook, "offload", False)]
+    hooks: list[tuple[nn.Module, Any]] = [(m, m._hf_hook) for m in layer.modules() if hasattr(m, "_hf_hook")]
+    offloaded = [(m, hook) for m, hook in hooks if getattr(hook, "offload", False)]
     homes = [hook.execution_device for _, hook in hooks]
     home = next(layer.parameters()).device
     try:

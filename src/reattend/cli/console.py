@@ -5,56 +5,79 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import click
 
+from reattend.progress import Progress
 
-class Report(Protocol):
-    """Called with (done, total)."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """Tell how far the work is."""
+BYTE_PHASES = ("rewriting",)
 
 
 @contextmanager
-def progress(label: str, *, nbytes: bool) -> Iterator[Report]:
-    """A bar with rate and time left on a terminal, a plain line per tenth elsewhere."""
+def progress() -> Iterator[Progress]:
+    """A bar per phase with rate and time left on a terminal, a plain line per tenth elsewhere."""
     if sys.stderr.isatty():
-        with _bar(label, nbytes) as report:
+        with _bars() as report:
             yield report
     else:
-        yield _lines(label)
+        yield _lines()
 
 
 @contextmanager
-def _bar(label: str, nbytes: bool) -> Iterator[Report]:
+def _bars() -> Iterator[Progress]:
     from rich import progress as bars
     from rich.console import Console
 
-    units = [bars.DownloadColumn(), bars.TransferSpeedColumn()] if nbytes else [bars.MofNCompleteColumn()]
-    columns = [
+    columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
-        *units,
+        bars.TextColumn("{task.fields[amount]}"),
         bars.TimeRemainingColumn(),
-    ]
+    )
+    started: dict[str, float] = {}
     with bars.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        tasks: dict[str, bars.TaskID] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                started[phase] = time.monotonic()
+                tasks[phase] = bar.add_task(phase, total=total, amount="")
+            amount = _amount(phase, done, total, time.monotonic() - started[phase])
+            bar.update(tasks[phase], completed=done, total=total, amount=amount)
+
+        yield report
 
 
-def _lines(label: str) -> Report:
-    start, told = time.monotonic(), 0
+def _lines() -> Progress:
+    started: dict[str, float] = {}
+    told: dict[str, int] = {}
 
-    def report(done: int, total: int) -> None:
-        nonlocal told
+    def report(phase: str, done: int, total: int) -> None:
+        elapsed = time.monotonic() - started.setdefault(phase, time.monotonic())
         tenth = 10 * done // max(total, 1)
-        if tenth > told:
-            told = tenth
-            click.echo(f"{label}: {10 * tenth} %, {time.monotonic() - start:.1f} s", err=True)
+        if tenth != told.get(phase, 0):
+            told[phase] = tenth
+            click.echo(f"{phase}: {_amount(phase, done, total, elapsed)}, {elapsed:.1f} s", err=True)
 
     return report
+
+
+def _amount(phase: str, done: int, total: int, elapsed: float) -> str:
+    """What is done of the total, in bytes with their rate, or counted."""
+    if phase not in BYTE_PHASES:
+        return f"{done} of {total}"
+    rate = f", {human_bytes(done / elapsed)}/s" if elapsed > 0 else ""
+    return f"{human_bytes(done)} of {human_bytes(total)}{rate}"
+
+
+def human_bytes(count: float) -> str:
+    """Return bytes with a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def show(report: dict[str, Any], *, as_json: bool) -> None:
