@@ -13,10 +13,12 @@ import reattend
 from reattend import demo
 from reattend.calibration.moments import Point, layer_moments
 from reattend.errors import Failure, Refusal
+from reattend.modeling import loading
 from reattend.modeling.loading import load
 from reattend.pipeline import calibrating
 from reattend.quantize.int8.transform import Int8
 from reattend.recipes.schema import Recipe
+from reattend.texts.reading import read_text
 from reattend.transform import Group
 
 TEXT = demo.EVAL_TEXT.with_name("select.txt")
@@ -103,7 +105,6 @@ def test_calibration_sees_the_model_of_its_step(tmp_path):
     inputs = []
     model, tokenizer = load(demo.MODEL, dtype="float32")
     from reattend.calibration.tokens import sample_tokens
-    from reattend.texts.reading import read_text
 
     handle = model.model.layers[2].self_attn.v_proj.register_forward_hook(lambda m, a, o: inputs.append(a[0]))
     ids = sample_tokens(read_text(TEXT), tokenizer, windows=4, window=64, seed=0)
@@ -182,18 +183,49 @@ def test_a_model_is_not_measured_on_its_calibration_text(tmp_path):
     assert report["tokens"] == 63
 
 
-def test_a_broken_dataset_is_a_failure(tmp_path):
-    pytest.importorskip("datasets")
+def test_a_dataset_calibrates_as_the_text_of_its_rows(tmp_path):
+    paragraphs = TEXT.read_text("utf-8").split("\n\n")
+    (tmp_path / "rows").mkdir()
+    rows = "".join(json.dumps({"passage": paragraph}) + "\n" for paragraph in paragraphs)
+    (tmp_path / "rows/train.jsonl").write_text(rows, "utf-8")
+    source = f"dataset:{tmp_path}/rows?column=passage"
+    assert read_text(source).content == "\n\n".join(paragraphs)
     with pytest.raises(Failure, match="dataset:"):
-        reattend.apply(recipe(Whiten(), calibration=f"dataset:{tmp_path}"), demo.MODEL, tmp_path / "out")
+        read_text(f"dataset:{tmp_path}/rows?column=absent")
+    with pytest.raises(Failure, match="dataset:"):
+        read_text(f"dataset:{tmp_path}/absent")
 
 
-def test_offloaded_weights_give_the_same_logits(tmp_path):
-    reattend.apply("int8", demo.MODEL, tmp_path / "out")
+def test_offloaded_weights_give_the_same_logits():
     ids = torch.arange(40)[None]
-    for folder in (demo.MODEL,):
-        with torch.inference_mode():
-            whole = load(folder, dtype="float32").model(ids).logits
-            offloaded = load(folder, dtype="float32", offload=True).model
-            assert all(p.device.type == "meta" for p in offloaded.parameters())
-            assert torch.equal(offloaded(ids).logits, whole)
+    with torch.inference_mode():
+        whole = load(demo.MODEL, dtype="float32").model(ids).logits
+        offloaded = load(demo.MODEL, dtype="float32", offload=True).model
+        assert all(p.device.type == "meta" for p in offloaded.parameters())
+        assert torch.equal(offloaded(ids).logits, whole)
+
+
+def test_a_model_larger_than_memory_is_evaluated_and_one_that_cannot_be_is_refused(tmp_path, monkeypatch):
+    options = {"window": 64, "windows": 2, "dtype": "float32"}
+    whole = reattend.evaluate(demo.MODEL, demo.EVAL_TEXT, **options)
+    reattend.apply("int8", demo.MODEL, tmp_path / "int8")
+    monkeypatch.setattr(loading, "_free_bytes", lambda device: 4_000_000)
+    assert reattend.evaluate(demo.MODEL, demo.EVAL_TEXT, **options) == whole
+    with pytest.raises(Refusal, match="does not fit"):
+        reattend.evaluate(tmp_path / "int8", demo.EVAL_TEXT, **options)
+
+
+def test_verify_leaves_a_model_larger_than_memory_on_the_disk(tmp_path, monkeypatch):
+    reattend.apply(recipe(Rescale()), demo.MODEL, tmp_path / "out")
+    whole = reattend.verify(tmp_path / "out", against=demo.MODEL)
+    # The probe runs in a process of its own: its view of the memory is changed through a psutil of ours.
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path/psutil.py").write_text(
+        "class virtual_memory:\n    available = 4_000_000\n"
+        "def __getattr__(name): return lambda *a, **k: virtual_memory()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    assert reattend.verify(tmp_path / "out", against=demo.MODEL) == whole
+    reattend.apply("int8", demo.MODEL, tmp_path / "int8")
+    with pytest.raises(Failure, match="does not fit"):
+        reattend.verify(tmp_path / "int8")

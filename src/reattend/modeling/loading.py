@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 import weakref
 from pathlib import Path
@@ -39,13 +40,16 @@ def load(
     if kind is None:
         raise Refusal(f"{path}/config.json: architecture {names[0]!r} is unknown to transformers")
     check_device(device)
-    scratch = tempfile.TemporaryDirectory(prefix="reattend-offload-")
-    places = device_map(path, dtype, device, offload)
+    places = _device_map(path, dtype, device, offload)
+    if places != {"": device} and config.get("quantization_config"):
+        raise Refusal(f"{path}: does not fit into memory, and quantised weights can't be offloaded to the disk")
+    scratch = tempfile.mkdtemp(prefix="reattend-offload-")  # for weights that the loader has to convert first
     try:
-        model = kind.from_pretrained(path, dtype=dtype, device_map=places, offload_folder=scratch.name).eval()
+        model = kind.from_pretrained(path, dtype=dtype, device_map=places, offload_folder=scratch).eval()
     except (OSError, ValueError, RuntimeError) as error:
+        shutil.rmtree(scratch)
         raise Failure(f"{path}: transformers can't load it: {first_line(error)}") from error
-    weakref.finalize(model, scratch.cleanup)
+    weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
     if dtype != "auto":
         _cast(model, dtype)
     return Loaded(model, load_tokenizer(path))
@@ -61,7 +65,7 @@ def check_device(device: str) -> None:
         raise Refusal(f"device {device!r} can't be used here: {first_line(error)}") from error
 
 
-def device_map(path: str | os.PathLike[str], dtype: str, device: str, offload: bool | None) -> Any:
+def _device_map(path: str | os.PathLike[str], dtype: str, device: str, offload: bool | None) -> Any:
     """Return where from_pretrained is to put weights: on `device` where they fit, else partly on the disk."""
     if offload is None:
         offload = _load_bytes(path, dtype) > _SHARE_OF_MEMORY * _free_bytes(device)

@@ -60,6 +60,8 @@ def _places(folder: Path, scratch: Path) -> dict[str, Any]:
             numbers += sum(math.prod(shard.get_slice(name).get_shape()) for name in shard.keys())  # noqa: SIM118
     if 4 * numbers < 0.8 * psutil.virtual_memory().available:
         return {}
+    if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
+        raise SystemExit("it does not fit into memory, and quantised weights can't be offloaded to the disk")
     return {"device_map": {"": "disk"}, "offload_folder": scratch}
 
 
