@@ -11,7 +11,7 @@ from torch import Tensor
 from reattend.checkpoint.header import TensorSpec
 from reattend.errors import Refusal
 from reattend.families import Source
-from reattend.quantize.int8.formulas import CODE_MAX, quantize_channels
+from reattend.quantize.int8.formulas import CODE_MAX, pack_codes, quantize_channels
 from reattend.transform import Group, Passes
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -35,16 +35,21 @@ class Int8(BaseModel):
     format: Literal["compressed-tensors", "bitsandbytes"] = Field(
         "compressed-tensors", description="layout of the output"
     )
+    activations: Literal["int8", "none"] = Field(
+        "int8", description="int8: quantised per token at run time; none: left in 16 bit (W8A16)"
+    )
     select: tuple[str, ...] = Field(("*",), description="linear layers to quantise")
     keep: tuple[str, ...] = Field((), description="linear layers to leave in 16 bit")
 
     @property
     def tolerance(self) -> float:
-        """Relative L2 of logits: loaders of both formats quantise activations, where a few are huge."""
-        return 0.2
+        """Relative L2 of logits: int8 activations cost most, as a few of them are huge."""
+        return 0.2 if self.activations == "int8" else 0.05
 
     def check(self, source: Source) -> list[str]:
         """Refuse quantised sources, Conv1D layers, non-float weights, and selectors without a match."""
+        if self.format == "bitsandbytes" and self.activations == "none":
+            raise Refusal("int8: activations: bitsandbytes always quantises them; use format: compressed-tensors")
         if source.config.get("quantization_config"):
             raise Refusal("config.json: quantization_config: the source is quantised already")
         if "conv1d" in source.family.features:
@@ -82,8 +87,14 @@ class Int8(BaseModel):
         """Yield one group per linear layer."""
         for module in self._modules(source):
             weight = source.tensors[f"{module}.weight"]
-            codes = TensorSpec(weight.name, "I8", weight.shape)
-            yield Group((weight.name,), (codes, *self._scale_specs(module, weight)))
+            yield Group((weight.name,), (*self._code_specs(module, weight), *self._scale_specs(module, weight)))
+
+    def _code_specs(self, module: str, weight: TensorSpec) -> tuple[TensorSpec, ...]:
+        if self.activations == "int8":
+            return (TensorSpec(weight.name, "I8", weight.shape),)
+        rows, columns = weight.shape
+        packed = TensorSpec(f"{module}.weight_packed", "I32", (rows, -(-columns // 4)))
+        return packed, TensorSpec(f"{module}.weight_shape", "I64", (2,))
 
     def _scale_specs(self, module: str, weight: TensorSpec) -> tuple[TensorSpec, ...]:
         rows = weight.shape[0]
@@ -111,15 +122,19 @@ class Int8(BaseModel):
         if self.format == "bitsandbytes":
             # SCB is the row's absmax in bitsandbytes: exact in fp32, 8 + 7 significant bits.
             values: tuple[Tensor, ...] = (codes, (scale * CODE_MAX).flatten(), torch.zeros((), dtype=torch.uint8))
+        elif self.activations == "int8":
+            values = (codes, scale.to(_TORCH[group.writes[-1].dtype]))
         else:
-            values = (codes, scale.to(_TORCH[group.writes[1].dtype]))
+            shape = torch.tensor(codes.shape)
+            values = (pack_codes(codes), shape, scale.to(_TORCH[group.writes[-1].dtype]))
         return {spec.name: value for spec, value in zip(group.writes, values, strict=True)}
 
     def edit_config(self, source: Source) -> dict[str, Any]:
         """Add the format's `quantization_config`."""
         ignore = self._ignored(source)
-        build = _bitsandbytes if self.format == "bitsandbytes" else _compressed_tensors
-        return {**source.config, "quantization_config": build(ignore)}
+        bitsandbytes = self.format == "bitsandbytes"
+        document = _bitsandbytes(ignore) if bitsandbytes else _compressed_tensors(ignore, self.activations)
+        return {**source.config, "quantization_config": document}
 
     def _ignored(self, source: Source) -> list[str]:
         """Every linear layer that stays in 16 bit: loaders quantise what they are not told to leave."""
@@ -136,23 +151,23 @@ class Int8(BaseModel):
             return {"transformers": "yes (bitsandbytes)", "vllm": no, "sglang": no}
         split = self.select != ("*",) or bool(self.keep)
         engine = "only if q/k/v and gate/up of a layer are quantised alike" if split else "yes"
+        simulated = ", activations simulated" if self.activations == "int8" else ""
         return {
-            "transformers": "yes (weights decompressed, activations simulated: no speed)",
+            "transformers": f"yes (weights decompressed{simulated}: no speed)",
             "vllm": engine,
             "sglang": engine,
         }
 
 
-def _compressed_tensors(ignore: list[str]) -> dict[str, Any]:
+def _compressed_tensors(ignore: list[str], activations: str) -> dict[str, Any]:
     shared = {"num_bits": 8, "type": "int", "symmetric": True}
     weights = {**shared, "strategy": "channel", "dynamic": False}
-    activations = {**shared, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    inputs = {**shared, "strategy": "token", "dynamic": True} if activations == "int8" else None
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": "int-quantized" if activations == "int8" else "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
         "ignore": ignore,
     }
 

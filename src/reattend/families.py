@@ -198,7 +198,11 @@ def describe(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> So
     if family.model_type != "opt":  # OPT may project between embedding and hidden size
         expected[prefix + family.embedding] = (source.size("vocab"), source.size("hidden"))
     for module, shape in expected.items():
-        _check_tensor(tensors, f"{module}.weight", shape)
+        packed = tensors.get(f"{module}.weight_packed")
+        if packed is None or not config.get("quantization_config"):
+            _check_tensor(tensors, f"{module}.weight", shape)
+        elif packed.shape[:1] != shape[:1]:
+            raise Refusal(f"tensor {packed.name!r} has {packed.shape[:1]} rows, config.json says {shape[0]}")
     return source
 
 

@@ -26,6 +26,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 LOADED = [("int8", f) for f in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "bert")]
+LOADED += [("int8-weights", f) for f in ("llama", "qwen2", "phi3", "opt", "bert")]
 LOADED += [("int8-bitsandbytes", f) for f in ("llama", "qwen2", "opt", "bert")]
 
 
