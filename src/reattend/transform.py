@@ -18,10 +18,11 @@ Passes = Callable[[], "Iterator[LayerPass]"]
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that are read together, and the tensors that are written in their place."""
+    """Tensors that are read together, and the tensors that are written in their place; `key` is the step's own."""
 
     reads: tuple[str, ...]
     writes: tuple[TensorSpec, ...]
+    key: str = ""
 
 
 class Transform(Protocol):
@@ -41,7 +42,11 @@ class Transform(Protocol):
         """Yield the groups; tensors in none of them are kept as they are."""
 
     def apply(
-        self, group: Group, tensors: "Mapping[str, Tensor]", statistics: "Mapping[str, dict[str, Tensor]]"
+        self,
+        group: Group,
+        tensors: "Mapping[str, Tensor]",
+        statistics: "Mapping[str, dict[str, Tensor]]",
+        source: Source,
     ) -> "dict[str, Tensor]":
         """Turn a group's tensors into the ones that it writes. Pure; `statistics` is read when asked for."""
 

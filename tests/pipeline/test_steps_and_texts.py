@@ -43,7 +43,7 @@ class Rescale(BaseModel, frozen=True):
             names = tuple(f"{source.prefix}layers.{i}.self_attn.{n}_proj.weight" for n in "vo")
             yield Group(names, tuple(source.tensors[name] for name in names))
 
-    def apply(self, group: Group, tensors: Any, statistics: Any) -> dict[str, torch.Tensor]:
+    def apply(self, group: Group, tensors: Any, statistics: Any, source: Any) -> dict[str, torch.Tensor]:
         v, o = group.reads
         return {v: tensors[v] * self.factor, o: tensors[o] / self.factor}
 
@@ -65,7 +65,7 @@ class Whiten(Rescale, frozen=True):
             (found,) = layer_moments(layer, [Point("self_attn.v_proj")]).values()
             yield str(layer.index), {"absmax": found["absmax"].max()[None]}
 
-    def apply(self, group: Group, tensors: Any, statistics: Any) -> dict[str, torch.Tensor]:
+    def apply(self, group: Group, tensors: Any, statistics: Any, source: Any) -> dict[str, torch.Tensor]:
         v, o = group.reads
         factor = float(statistics[v.split(".")[2]]["absmax"])
         return {v: tensors[v] / factor, o: tensors[o] * factor}

@@ -20,7 +20,8 @@ from reattend.families import Family
 class LayerPass:
     """One layer with its weights in memory, and what every window of every text feeds it.
 
-    `hidden` maps a text's name to (windows, tokens, hidden size), on the CPU in the model's dtype.
+    `hidden` maps a text's name to (windows, tokens, hidden size), on the CPU in the model's dtype; `text` names
+    the one that is running.
     """
 
     index: int
@@ -28,6 +29,7 @@ class LayerPass:
     hidden: dict[str, Tensor]
     device: torch.device
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    text: str = ""
     _ran: bool = False
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -41,7 +43,8 @@ class LayerPass:
     def run(self) -> None:
         """Run the layer once on every window and replace `hidden` by its outputs: attach hooks before."""
         with torch.inference_mode():
-            for states in self.hidden.values():
+            for name, states in self.hidden.items():
+                self.text = name
                 for i in range(len(states)):
                     states[i : i + 1].copy_(self.call(states[i : i + 1]))
         self._ran = True

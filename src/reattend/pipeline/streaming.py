@@ -53,7 +53,7 @@ def _rewrite(
     statistics: Statistics,
 ) -> None:
     tensors = {name: reader.read(checkpoint.tensors[name]) for name in group.reads}
-    written = stage.transform.apply(group, tensors, statistics)
+    written = stage.transform.apply(group, tensors, statistics, stage.source)
     for spec in group.writes:
         tensor = written[spec.name]
         data = tensor_bytes(tensor)
