@@ -1,10 +1,11 @@
 """load(): a checkpoint, converted or not, as a running model with its tokenizer."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reattend.checkpoint.files import open_files
+from reattend.checkpoint.index import read_json
 from reattend.errors import Failure, Refusal, first_line
 
 _LIBRARIES = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
@@ -24,7 +25,8 @@ def load(path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cp
     """
     import transformers
 
-    config = _config(Path(path))
+    path = open_files(path).download()
+    config = _config(path)
     _check_library(config)
     names = config.get("architectures") or []
     kind = getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
@@ -61,11 +63,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{path}: has no readable config.json") from error
-    return config
+    files = open_files(path)
+    return read_json(files, files.sizes(), "config.json")
 
 
 def _check_library(config: dict[str, Any]) -> None:
