@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import click
 
+from reattend.cli.report import aligned, table
+
 
 class Report(Protocol):
     """Called with (done, total)."""
@@ -58,23 +60,12 @@ def _lines(label: str) -> Report:
 
 
 def show(report: dict[str, Any], *, as_json: bool) -> None:
-    """Print a report as JSON, or as aligned lines."""
+    """Print a report: as JSON, as a table on a terminal, as aligned lines elsewhere."""
     if as_json:
         click.echo(json.dumps(report, indent=2))
-        return
-    width = max(map(len, report))
-    for key, value in report.items():
-        for number, line in enumerate(_text(value)):
-            click.echo(f"{key if not number else '':<{width}}  {line}")
+    elif sys.stdout.isatty():
+        from rich.console import Console
 
-
-def _text(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [f"{key}: {item}" for key, item in value.items()] or ["-"]
-    if isinstance(value, (list, tuple)):
-        return [str(item) for item in value] or ["-"]
-    if isinstance(value, float):
-        return [f"{value:.5g}"]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [f"{value:,}".replace(",", " ")]
-    return ["not measured" if value is None else str(value)]
+        Console().print(table(report))
+    else:
+        click.echo("\n".join(aligned(report)))
