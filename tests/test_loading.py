@@ -16,6 +16,8 @@ BAD_CONFIGS = {
     "UTF-16": ('{"model_type": "llama"}'.encode("utf-16"), "UTF-8"),
     "cut short": (b'{"model_type": "llama"', "JSON"),
     "empty": (b"", "JSON"),
+    "architectures a number": (b'{"architectures": 3}', "architectures is not a list"),
+    "quantisation a word": (b'{"quantization_config": "int8"}', "quantization_config is not a dict"),
     "nested": (b"[" * 100_000, "nested"),
 }
 

@@ -64,7 +64,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 def _config(path: Path) -> dict[str, Any]:
     files = open_files(path)
-    return read_json(files, files.sizes(), "config.json")
+    config = read_json(files, files.sizes(), "config.json")
+    for key, kind in (("architectures", list), ("quantization_config", dict)):
+        if not isinstance(config.get(key) or kind(), kind):
+            raise Refusal(f"{path}/config.json: {key} is not a {kind.__name__}")
+    return config
 
 
 def _check_library(config: dict[str, Any]) -> None:
