@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from reattend import demo
@@ -73,6 +74,22 @@ def test_demo(tmp_path):
     assert abs(report["delta"]) < 0.03 * report["base_perplexity"]
     assert report["delta_stderr"] > 0
     assert report["bytes_after"] < 0.62 * report["bytes_before"]
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-bitsandbytes"])
+def test_other_libraries_keep_off_the_terminal(tmp_path, recipe):
+    out, measure = tmp_path / "out", ("--text", demo.EVAL_TEXT, "--window", "64", "--windows", "1")
+    calls = {
+        "rewriting: ": ("apply", recipe, demo.MODEL, out),
+        "logits were not compared": ("verify", out),
+        "evaluating: ": ("eval", out, "--against", demo.MODEL, *measure),
+    }
+    for ours, arguments in calls.items():
+        done = run(*arguments)
+        assert done.returncode == 0, done.stderr
+        lines = done.stderr.splitlines()
+        assert lines, arguments
+        assert all(line.startswith(ours) for line in lines), done.stderr
 
 
 def test_recipes(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from reattend.cli.report import aligned, human, table
 from reattend.progress import Progress
 
 BYTE_PHASES = ("rewriting",)
@@ -67,37 +68,17 @@ def _amount(phase: str, done: int, total: int, elapsed: float) -> str:
     """What is done of the total, in bytes with their rate, or counted."""
     if phase not in BYTE_PHASES:
         return f"{done} of {total}"
-    rate = f", {human_bytes(done / elapsed)}/s" if elapsed > 0 else ""
-    return f"{human_bytes(done)} of {human_bytes(total)}{rate}"
-
-
-def human_bytes(count: float) -> str:
-    """Return bytes with a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    rate = f", {human(done / elapsed)}/s" if elapsed > 0 else ""
+    return f"{human(done)} of {human(total)}{rate}"
 
 
 def show(report: dict[str, Any], *, as_json: bool) -> None:
-    """Print a report as JSON, or as aligned lines."""
+    """Print a report: as JSON, as a table on a terminal, as aligned lines elsewhere."""
     if as_json:
         click.echo(json.dumps(report, indent=2))
-        return
-    width = max(map(len, report))
-    for key, value in report.items():
-        for number, line in enumerate(_text(value)):
-            click.echo(f"{key if not number else '':<{width}}  {line}")
+    elif sys.stdout.isatty():
+        from rich.console import Console
 
-
-def _text(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [f"{key}: {item}" for key, item in value.items()] or ["-"]
-    if isinstance(value, (list, tuple)):
-        return [str(item) for item in value] or ["-"]
-    if isinstance(value, float):
-        return [f"{value:.5g}"]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [f"{value:,}".replace(",", " ")]
-    return ["not measured" if value is None else str(value)]
+        Console().print(table(report))
+    else:
+        click.echo("\n".join(aligned(report)))

@@ -1,6 +1,5 @@
 """load(): a checkpoint, converted or not, as a running model with its tokenizer."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -8,7 +7,8 @@ import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reattend.checkpoint.index import open_checkpoint
+from reattend.checkpoint.files import open_files
+from reattend.checkpoint.index import open_checkpoint, read_json
 from reattend.errors import Failure, Refusal, first_line
 
 _LIBRARIES = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
@@ -33,7 +33,8 @@ def load(
     """
     import transformers
 
-    config = _config(Path(path))
+    path = open_files(path).download()
+    config = _config(path)
     _check_library(config)
     names = config.get("architectures") or []
     kind = getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
@@ -114,10 +115,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{path}: has no readable config.json") from error
+    files = open_files(path)
+    config = read_json(files, files.sizes(), "config.json")
+    for key, kind in (("architectures", list), ("quantization_config", dict)):
+        if not isinstance(config.get(key) or kind(), kind):
+            raise Refusal(f"{path}/config.json: {key} is not a {kind.__name__}")
     return config
 
 
