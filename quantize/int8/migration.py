@@ -11,8 +11,8 @@ from reattend.calibration.layerwise import LayerPass
 from reattend.families import Feed, Source
 from reattend.quantize.int8.smoothing import best_factors, share
 
-ALPHAS = tuple(step / 20 for step in range(4, 20))
-_ROWS = 4096  # tokens of the selection text that the search looks at: enough to rank, bounded in memory
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_ROWS = 2048  # tokens of the selection text that the search looks at: enough to rank, bounded in memory
 
 
 def layer_factors(layer: LayerPass, source: Source) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import reattend
-from reattend.checkpoint.files import LocalFolder, open_files
+from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import INDEX, Checkpoint, fingerprint, open_checkpoint
 from reattend.checkpoint.staging import Staging
 from reattend.errors import Failure, Refusal
@@ -64,7 +64,7 @@ def apply(
     `Failure` when the disk fails, keeping the part for `resume`. The same inputs on the same kind of device
     give the same bytes, interrupted or not.
     """
-    planned = plan(recipe, _local(model))
+    planned = plan(recipe, open_files(model).download())
     texts = check_texts(planned)
     if texts:
         check_device(device)
@@ -83,12 +83,6 @@ def apply(
             kept = f"what was written is kept in {staging.folder} for --resume"
             raise Failure(f"{target}: {error.strerror or error}; {kept}") from error
     return planned
-
-
-def _local(model: str | os.PathLike[str]) -> Path:
-    """Return the folder of a model, downloading a Hub repository if that is what `model` names."""
-    files = open_files(model)
-    return files.path if isinstance(files, LocalFolder) else files.download()
 
 
 def _check_place(planned: Plan, out: Path) -> None:
