@@ -93,7 +93,12 @@ def test_other_libraries_keep_off_the_terminal(tmp_path, recipe):
 
 
 def test_recipes(tmp_path):
-    assert set(json.loads(run("recipes", "list", "--json").stdout)) == {"int8", "int8-bitsandbytes", "int8-weights"}
+    assert set(json.loads(run("recipes", "list", "--json").stdout)) == {
+        "int8",
+        "int8-bitsandbytes",
+        "int8-smooth",
+        "int8-weights",
+    }
     assert run("recipes", "copy", "int8", tmp_path / "r.yaml").returncode == 0
     assert run("recipes", "copy", "int8", tmp_path / "r.yaml").returncode == 2
     assert (tmp_path / "r.yaml").read_text() == run("recipes", "show", "int8").stdout

@@ -81,6 +81,8 @@ def test_applied_to_a_repository_the_output_is_that_of_the_folder(hub, run, tmp_
     assert not set(IGNORED) & (set(hub.sent) | set(written))
     assert hub.whole["model.safetensors"] == 1
     assert all(line.startswith("rewriting: ") for line in remote.stderr.splitlines())
+    checked = run("verify", tmp_path / "remote", "--against", "org/demo", "--json")
+    assert json.loads(checked.stdout)["problems"] == []
 
 
 def test_evaluating_a_repository_equals_evaluating_the_folder(hub, run):

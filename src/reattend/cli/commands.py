@@ -68,8 +68,8 @@ def _apply(recipe: Any, model: str, out: str, options: dict[str, Any]) -> None:
     with progress() as report:
         done = reattend.apply(recipe, model, out, progress=report, **options)
     summary = done.summary()
-    keys = ("model", "bytes_before", "bytes_after", "ratio", "remarks")
-    show({"out": out, **{key: summary[key] for key in keys}}, as_json=as_json)
+    keys = ("bytes_before", "bytes_after", "ratio", "remarks")
+    show({"out": out, "model": model, **{key: summary[key] for key in keys}}, as_json=as_json)
 
 
 @click.command()

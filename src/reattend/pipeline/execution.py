@@ -64,6 +64,7 @@ def apply(
     `Failure` when the disk fails, keeping the part for `resume`. The same inputs on the same kind of device
     give the same bytes, interrupted or not.
     """
+    plan(recipe, model)  # what can't be done is refused before a Hub repository is downloaded
     planned = plan(recipe, open_files(model).download())
     texts = check_texts(planned)
     if texts:
