@@ -113,9 +113,10 @@ def sum_by_distance(p_TT: Tensor) -> Tensor:
     return sheared.view(tokens, 2 * tokens - 1).sum(0)[tokens - 1 :]
 
 
-def mean_cosine(frequency_F: Tensor, distance_T: Tensor) -> Tensor:
-    """Return the mean of cos(frequency x distance) under half attention mass, half uniform pairs; (F,) fp64."""
+def mean_phase(frequency_F: Tensor, distance_T: Tensor) -> Tensor:
+    """Return the mean of exp(i frequency x distance), half attention mass, half uniform pairs; (F,) complex128."""
     lag_T = torch.arange(len(distance_T), dtype=torch.float64)
     uniform_T = len(distance_T) - lag_T
     weight_T = (distance_T / distance_T.sum() + uniform_T / uniform_T.sum()) / 2
-    return (frequency_F.double()[:, None] * lag_T).cos() @ weight_T
+    angle_FT = frequency_F.double()[:, None] * lag_T
+    return torch.complex(angle_FT.cos() @ weight_T, angle_FT.sin() @ weight_T)
