@@ -106,4 +106,4 @@ def joint_low_rank(
 def _trace_ratio(second_ZZ: Tensor, metric: Metric, width: int) -> float:
     key = torch.trace(metric.key_KK @ second_ZZ[:width, :width] @ metric.key_KK.T)
     value = torch.trace(metric.value_KK @ second_ZZ[width:, width:] @ metric.value_KK.T)
-    return float(key / value) if value > 0 else 1.0
+    return float(key / value) if key > 0 and value > 0 else 1.0
