@@ -1,0 +1,1 @@
+"""GQA to MLA: the mathematics of the conversion. Tensors in, tensors out."""

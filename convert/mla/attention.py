@@ -1,0 +1,209 @@
+"""One layer's attention before and after conversion, as plain tensors with a function that runs it.
+
+`AttentionMaps` is the conversion itself: linear maps on pre-RoPE queries, keys and values (after biases and
+q/k norms, where a family has them). `compose` multiplies them into the projections of a layer without q/k
+norms; a layer with them applies the maps at run time.
+
+Legend: B batch, T tokens, E hidden, H query heads, G KV heads, D source head dim, N position-free numbers per
+query head, R rotary numbers (interleaved pairs, P = R / 2), Q = N + R, L latent, C = L + R, V value numbers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reattend.convert.mla.rope import Rotary, angles, rotate_halves, rotate_pairs
+
+
+@dataclass(frozen=True)
+class SourceAttention:
+    """A GQA layer: projections with biases, frequencies, softmax scale (without the rotary factor)."""
+
+    q_HDE: Tensor
+    k_GDE: Tensor
+    v_GDE: Tensor
+    o_EHD: Tensor
+    rotary: Rotary
+    scale: float
+    q_bias_HD: Tensor | None = None
+    k_bias_GD: Tensor | None = None
+    v_bias_GD: Tensor | None = None
+    o_bias_E: Tensor | None = None
+
+    def project(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return pre-RoPE q (B, T, H, D), k and v (B, T, G, D)."""
+        q, k, v = (
+            torch.einsum("bte,hde->bthd", x_BTE, weight) if bias is None
+            else torch.einsum("bte,hde->bthd", x_BTE, weight) + bias
+            for weight, bias in (
+                (self.q_HDE, self.q_bias_HD), (self.k_GDE, self.k_bias_GD), (self.v_GDE, self.v_bias_GD)
+            )
+        )  # fmt: skip
+        return q, k, v
+
+    def attend(self, x_BTE: Tensor) -> Tensor:
+        """Return the causal attention output (B, T, E) for positions from 0."""
+        q, k, v = (y.transpose(1, 2) for y in self.project(x_BTE))
+        tokens = x_BTE.shape[1]
+        angle_TF = angles(self.rotary.at_length(tokens), torch.arange(tokens))
+        groups = q.shape[1] // k.shape[1]
+        k, v = (y.repeat_interleave(groups, 1) for y in (rotate_halves(k, angle_TF), v))
+        scale = self.scale * self.rotary.factor**2
+        mixed_BHTD = causal_attention(rotate_halves(q, angle_TF), k, v, scale)
+        return _output(mixed_BHTD, self.o_EHD, self.o_bias_E)
+
+
+def read_source(tensors: Mapping[str, Tensor], head_dim: int, rotary: Rotary, scale: float) -> SourceAttention:
+    """View the tensors of a `self_attn` (names as `q_proj.weight`) head by head; biases where they exist."""
+    q, k, v = (_by_head(tensors[f"{n}_proj.weight"], head_dim) for n in "qkv")
+    biases = [tensors.get(f"{n}_proj.bias") for n in "qkv"]
+    q_bias, k_bias, v_bias = (None if b is None else b.view(-1, head_dim) for b in biases)
+    o_EHD = tensors["o_proj.weight"].view(len(tensors["o_proj.weight"]), -1, head_dim)
+    return SourceAttention(q, k, v, o_EHD, rotary, scale, q_bias, k_bias, v_bias, tensors.get("o_proj.bias"))
+
+
+def _by_head(weight_OE: Tensor, head_dim: int) -> Tensor:
+    return weight_OE.view(-1, head_dim, weight_OE.shape[1])
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Linear maps from a source layer's q, k, v to MLA's; fp64.
+
+    Position-free score of head h: q_h . (key_HDL c); its value: value_HDL c + value_bias_HD; with
+    c = down_key_LGD k + down_value_LGD v. Rotary rows: rope_key_RGD k and rope_query_HRD q_h, at
+    `pair_P`, indices into the source's frequency list.
+    """
+
+    rope_key_RGD: Tensor
+    rope_query_HRD: Tensor
+    down_key_LGD: Tensor
+    down_value_LGD: Tensor
+    key_HDL: Tensor
+    value_HDL: Tensor
+    value_bias_HD: Tensor | None
+    pair_P: Tensor
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """A converted layer. `scale` is the whole factor on query . key; the rotary factor is 1 here.
+
+    Queries are [position-free; rotary] per head, `down_CE` gives [latent; rotary] rows.
+    """
+
+    query_HQE: Tensor
+    down_CE: Tensor
+    key_HNL: Tensor
+    value_HVL: Tensor
+    output_EHV: Tensor
+    rotary: Rotary
+    scale: float
+    query_bias_HQ: Tensor | None = None
+    down_bias_C: Tensor | None = None
+    output_bias_E: Tensor | None = None
+
+    @property
+    def latent_rank(self) -> int:
+        """Latent numbers per token in the cache."""
+        return self.key_HNL.shape[-1]
+
+    @property
+    def rope_dim(self) -> int:
+        """Rotary numbers per token in the cache."""
+        return self.down_CE.shape[0] - self.latent_rank
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are present, by field name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def to(self, dtype: torch.dtype) -> "LatentAttention":
+        """Return the same layer with its tensors in `dtype`; frequencies keep theirs."""
+        changed: dict[str, Any] = {name: value.to(dtype) for name, value in self.tensors().items()}
+        return replace(self, **changed)
+
+    def attend(self, x_BTE: Tensor) -> Tensor:
+        """Return the causal attention output (B, T, E) for positions from 0, keys and values expanded."""
+        tokens, rank = x_BTE.shape[1], self.latent_rank
+        q = torch.einsum("bte,hqe->bhtq", x_BTE, self.query_HQE)
+        q = q if self.query_bias_HQ is None else q + self.query_bias_HQ[:, None]
+        down = x_BTE @ self.down_CE.T
+        down = down if self.down_bias_C is None else down + self.down_bias_C
+        angle_TP = angles(self.rotary.at_length(tokens), torch.arange(tokens))
+        free = self.key_HNL.shape[1]
+        q = torch.cat([q[..., :free], rotate_pairs(q[..., free:], angle_TP)], -1)
+        latent_BTL, rope_BTR = down[..., :rank], rotate_pairs(down[..., rank:], angle_TP)
+        k_free = torch.einsum("btl,hnl->bhtn", latent_BTL, self.key_HNL)
+        k = torch.cat([k_free, rope_BTR[:, None].expand(-1, len(self.key_HNL), -1, -1)], -1)
+        v = torch.einsum("btl,hvl->bhtv", latent_BTL, self.value_HVL)
+        return _output(causal_attention(q, k, v, self.scale), self.output_EHV, self.output_bias_E)
+
+
+def causal_attention(q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale q k^T) v under a causal mask, (B, H, T, V)."""
+    pad = q_BHTQ.shape[-1] - v_BHTV.shape[-1]
+    # Kernels that never build the (T, T) matrix want equal widths.
+    wide = torch.nn.functional.pad(v_BHTV, (0, pad)) if pad > 0 else v_BHTV
+    mixed = torch.nn.functional.scaled_dot_product_attention(q_BHTQ, k_BHTQ, wide, is_causal=True, scale=scale)
+    return mixed[..., : v_BHTV.shape[-1]]
+
+
+def _output(mixed_BHTV: Tensor, output_EHV: Tensor, bias_E: Tensor | None) -> Tensor:
+    out = torch.einsum("bhtv,ehv->bte", mixed_BHTV, output_EHV)
+    return out if bias_E is None else out + bias_E
+
+
+def compose(source: SourceAttention, maps: AttentionMaps) -> LatentAttention:
+    """Multiply `maps` into the projections of `source`, in fp64. Exact: no approximation is made here."""
+    heads = len(source.q_HDE)
+    weights = _composed(maps, *(w.double() for w in (source.q_HDE, source.k_GDE, source.v_GDE)))
+    biases = _composed(maps, *(_bias(w, b) for w, b in (
+        (source.q_HDE, source.q_bias_HD), (source.k_GDE, source.k_bias_GD), (source.v_GDE, source.v_bias_GD)
+    )))  # fmt: skip
+    has_kv_bias = source.k_bias_GD is not None or source.v_bias_GD is not None
+    o_EHD = source.o_EHD.double()
+    return LatentAttention(
+        weights[0], weights[1], maps.key_HDL, maps.value_HDL.expand(heads, -1, -1), o_EHD,
+        _pick(source.rotary, maps.pair_P), source.scale * source.rotary.factor**2,
+        biases[0][..., 0] if source.q_bias_HD is not None else None,
+        biases[1][..., 0] if has_kv_bias else None,
+        _output_bias(o_EHD, maps.value_bias_HD, source.o_bias_E),
+    )  # fmt: skip
+
+
+def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    zero = torch.zeros(*weight.shape[:2], 1, dtype=torch.float64)
+    return zero if bias is None else bias.double()[..., None]
+
+
+def _composed(maps: AttentionMaps, q_HDE: Tensor, k_GDE: Tensor, v_GDE: Tensor) -> tuple[Tensor, Tensor]:
+    query_HQE = torch.cat([q_HDE, torch.einsum("hrd,hde->hre", maps.rope_query_HRD, q_HDE)], 1)
+    latent = torch.einsum("lgd,gde->le", maps.down_key_LGD, k_GDE)
+    latent = latent + torch.einsum("lgd,gde->le", maps.down_value_LGD, v_GDE)
+    return query_HQE, torch.cat([latent, torch.einsum("rgd,gde->re", maps.rope_key_RGD, k_GDE)])
+
+
+def _pick(rotary: Rotary, pair_P: Tensor) -> Rotary:
+    long = None if rotary.long_frequency_F is None else rotary.long_frequency_F[pair_P]
+    return Rotary(rotary.frequency_F[pair_P], 1.0, long, rotary.switch_tokens)
+
+
+def _output_bias(o_EHD: Tensor, value_bias_HD: Tensor | None, bias_E: Tensor | None) -> Tensor | None:
+    bias = None if bias_E is None else bias_E.double()
+    if value_bias_HD is None:
+        return bias
+    # Softmax weights sum to 1, so a constant added to every value passes through attention unchanged.
+    moved = torch.einsum("ehd,hd->e", o_EHD, value_bias_HD)
+    return moved if bias is None else bias + moved
+
+
+def output_error(ours_BTE: Tensor, source_BTE: Tensor, floor: float = 0.1) -> Tensor:
+    """Return the mean over tokens of |ours - source|^2 / (|source|^2 + floor x median |source|^2).
+
+    Per token, because the first token's massive activation would otherwise be all of it.
+    """
+    size_BT = source_BTE.pow(2).sum(-1)
+    return ((ours_BTE - source_BTE).pow(2).sum(-1) / (size_BT + floor * size_BT.median())).mean()
