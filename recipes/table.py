@@ -2,4 +2,5 @@
 
 TRANSFORMS = {
     "int8": "reattend.quantize.int8.transform:Int8",
+    "mla": "reattend.convert.mla.transform:Mla",
 }

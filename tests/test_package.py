@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 import reattend
-from reattend.families import FAMILIES
+from reattend.families.rows import FAMILIES
 from reattend.recipes.schema import builtin_recipes, load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from reattend.calibration.layerwise import LayerPass
-from reattend.families import Feed, Source
+from reattend.families.rows import Feed
+from reattend.families.source import Source
 from reattend.quantize.int8.smoothing import best_factors, share
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from reattend.checkpoint.header import TensorSpec
 from reattend.errors import Refusal
-from reattend.families import Source
+from reattend.families.source import Source
 from reattend.quantize.int8.formats import Format, document, specs
 from reattend.quantize.int8.formats import tensors as layout_tensors
 from reattend.quantize.int8.formulas import quantize_channels
 from reattend.quantize.int8.migration import layer_factors, layer_tensors, migrate
-from reattend.transform import Group, Passes
+from reattend.transform import Group, Passes, Statistics
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 # A 2-D weight with one of these last names is looked up, never multiplied: no linear layer.
@@ -133,16 +133,16 @@ class Int8(BaseModel):
         """Smoothing measures ranges on one text and chooses on another; codes alone need none."""
         return ("calibration", "selection") if self.outliers == "smooth" else ()
 
-    def calibrate(self, source: Source, passes: Passes) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield every layer's smoothing factors."""
+    def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
+        """Find every layer's smoothing factors."""
         for layer in passes():
-            yield str(layer.index), layer_factors(layer, source)
+            statistics[str(layer.index)] = layer_factors(layer, source)
 
     def apply(
         self,
         group: Group,
         tensors: Mapping[str, Tensor],
-        statistics: Mapping[str, dict[str, Tensor]],
+        statistics: Statistics,
         source: Source,
     ) -> dict[str, Tensor]:
         """Smooth the group if it is a layer; quantise the weights that are to be."""
@@ -157,7 +157,7 @@ class Int8(BaseModel):
             written |= layout_tensors(self._layout, source.tensors[name], codes, scale)
         return written
 
-    def edit_config(self, source: Source) -> dict[str, Any]:
+    def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:
         """Add the format's `quantization_config`."""
         return {**source.config, "quantization_config": document(self._layout, self._ignored(source))}
 

@@ -1,11 +1,11 @@
 """The protocol of a transform: what it checks, which tensors go in and come out, what it edits."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reattend.checkpoint.header import TensorSpec
-from reattend.families import Source
+from reattend.families.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Starts a pass over the layers: each call reads the model's weights once more.
 Passes = Callable[[], "Iterator[LayerPass]"]
+# Named groups of tensors, each read from or written to the disk when it is asked for or set.
+Statistics = MutableMapping[str, "dict[str, Tensor]"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,11 @@ class Transform(Protocol):
     def texts(self) -> tuple[str, ...]:
         """The texts that `calibrate` runs on: none, or `calibration`, or also `selection`."""
 
-    def calibrate(self, source: Source, passes: Passes) -> "Iterator[tuple[str, dict[str, Tensor]]]":
-        """Yield named statistics, such as those of one layer; they are kept on disk until `apply`."""
+    def calibrate(self, source: Source, passes: Passes, statistics: "Statistics") -> None:
+        """Run passes and put what is learned into `statistics`, by layer or as the step likes.
+
+        Entries are kept on disk, also across an interruption: what is there already need not be made again.
+        """
 
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield the groups; tensors in none of them are kept as they are."""
@@ -45,13 +50,13 @@ class Transform(Protocol):
         self,
         group: Group,
         tensors: "Mapping[str, Tensor]",
-        statistics: "Mapping[str, dict[str, Tensor]]",
+        statistics: "Statistics",
         source: Source,
     ) -> "dict[str, Tensor]":
         """Turn a group's tensors into the ones that it writes. Pure; `statistics` is read when asked for."""
 
-    def edit_config(self, source: Source) -> dict[str, Any]:
-        """Return the config of the result, a new dict."""
+    def edit_config(self, source: Source, statistics: "Statistics") -> dict[str, Any]:
+        """Return the config of the result, a new dict; while planning, `statistics` is empty."""
 
     def engines(self, source: Source) -> dict[str, str]:
         """Say which engines can serve the result: engine -> "yes" or the reason why not."""

@@ -5,7 +5,7 @@ from torch import nn
 
 from reattend.calibration.layerwise import layer_passes
 from reattend.calibration.moments import Point, layer_moments
-from reattend.families import FAMILIES
+from reattend.families.rows import FAMILIES
 from tiny_models import CONFIGS
 
 IDS = {"calibration": torch.arange(60).reshape(3, 20) + 3, "selection": torch.arange(40).reshape(2, 20) + 30}

@@ -35,8 +35,8 @@ class Rescale(BaseModel, frozen=True):
     def check(self, source: Any) -> list[str]:
         return []
 
-    def calibrate(self, source: Any, passes: Any) -> Iterator[Any]:
-        return iter(())
+    def calibrate(self, source: Any, passes: Any, statistics: Any) -> None:
+        pass
 
     def groups(self, source: Any) -> Iterator[Group]:
         for i in range(source.num_layers):
@@ -47,7 +47,7 @@ class Rescale(BaseModel, frozen=True):
         v, o = group.reads
         return {v: tensors[v] * self.factor, o: tensors[o] / self.factor}
 
-    def edit_config(self, source: Any) -> dict[str, Any]:
+    def edit_config(self, source: Any, statistics: Any) -> dict[str, Any]:
         return {**source.config, "rescaled": source.config.get("rescaled", 0) + 1}
 
     def engines(self, source: Any) -> dict[str, str]:
@@ -60,10 +60,10 @@ class Whiten(Rescale, frozen=True):
     step: Literal["whiten"] = "whiten"
     texts: tuple[str, ...] = ("calibration",)
 
-    def calibrate(self, source: Any, passes: Any) -> Iterator[Any]:
+    def calibrate(self, source: Any, passes: Any, statistics: Any) -> None:
         for layer in passes():
             (found,) = layer_moments(layer, [Point("self_attn.v_proj")]).values()
-            yield str(layer.index), {"absmax": found["absmax"].max()[None]}
+            statistics[str(layer.index)] = {"absmax": found["absmax"].max()[None]}
 
     def apply(self, group: Group, tensors: Any, statistics: Any, source: Any) -> dict[str, torch.Tensor]:
         v, o = group.reads

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reattend.errors import Refusal
-from reattend.families import Source
+from reattend.families.source import Source
 from reattend.quantize.int8.formulas import (
     channel_scale,
     dequantize_channels,

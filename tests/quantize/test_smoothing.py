@@ -6,7 +6,7 @@ import reattend
 from reattend import demo
 from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Refusal
-from reattend.families import source_of
+from reattend.families.source import source_of
 from reattend.quantize.int8.migration import layer_tensors, migrate, producer_rows
 from reattend.quantize.int8.smoothing import best_factors, share, smoothing_factors, w8a8_error
 from reattend.quantize.int8.transform import Int8

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.errors import Failure
-from reattend.families import Family
+from reattend.families.rows import Family
 
 
 @dataclass

@@ -144,10 +144,7 @@ class Staging:
         """Write a whole small file."""
         path = self.folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_whole(path, data)
 
     def copy_file(self, source: Path, file: str) -> None:
         """Copy a sidecar byte for byte."""
@@ -176,6 +173,16 @@ class Staging:
         for shard in self._shards.values():
             os.close(shard)
         self._journal.close()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears whole, and on the disk, or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.rename(path)
 
 
 def _empty(path: Path) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Refusal
-from reattend.families import Source, source_of
+from reattend.families.source import Source, source_of
 from reattend.modeling.loading import Loaded, load
 from reattend.progress import Progress, silent
 from reattend.texts.reading import Text, read_text

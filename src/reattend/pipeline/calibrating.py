@@ -1,8 +1,6 @@
 """Run a step's calibration and keep its statistics on disk, so that an interrupted run does it once."""
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,39 +9,59 @@ from torch import Tensor
 
 from reattend.calibration.layerwise import LayerPass, layer_passes
 from reattend.calibration.tokens import sample_tokens
-from reattend.checkpoint.staging import Staging
+from reattend.checkpoint.staging import Staging, write_whole
 from reattend.errors import Refusal
-from reattend.families import Family
+from reattend.families.rows import Family
 from reattend.modeling.loading import load
 from reattend.pipeline.planning import Plan, Stage
 from reattend.progress import Progress
 from reattend.recipes.schema import Recipe
 from reattend.texts.reading import Text, check_separate, read_text
-from reattend.transform import Passes
+from reattend.transform import Passes, Statistics
 
-_NAMES = "names.json"
+_COMPLETE = "complete"
 
 
-class Statistics(Mapping[str, dict[str, Tensor]]):
-    """Named groups of tensors in a folder, each read from its file when asked for."""
+class StoredStatistics(MutableMapping[str, dict[str, Tensor]]):
+    """Statistics in a folder, one safetensors file per name, written whole or not at all."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._names: list[str] = json.loads((folder / _NAMES).read_text("utf-8")) if folder else []
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
-        if self._folder is None:
+        if not self._file(name).exists():
             raise KeyError(name)
-        tensors: dict[str, Tensor] = load_file(self._folder / f"{self._names.index(name)}.safetensors")
+        tensors: dict[str, Tensor] = load_file(self._file(name))
         return tensors
 
+    def __setitem__(self, name: str, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self._file(name), save({key: value.contiguous() for key, value in tensors.items()}))
+
+    def __delitem__(self, name: str) -> None:
+        self._file(name).unlink()
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return (file.stem for file in sorted(self._folder.glob("*.safetensors")))
 
     def __len__(self) -> int:
-        return len(self._names)
+        return sum(1 for _ in self)
+
+    def finish(self) -> None:
+        """Declare the statistics complete."""
+        write_whole(self._folder / _COMPLETE, b"")
+
+    @property
+    def complete(self) -> bool:
+        """Whether `finish` was reached."""
+        return (self._folder / _COMPLETE).exists()
 
 
 @dataclass(frozen=True)
@@ -56,14 +74,14 @@ class Calibration:
     progress: Progress
 
     def statistics(self, stage: Stage, model: Path, staging: Staging) -> Statistics:
-        """Return a step's statistics on `model`, computing them unless the staging folder holds them already."""
+        """Return a step's statistics on `model`, computing what the staging folder does not hold already."""
         if not stage.transform.texts:
-            return Statistics(None)
-        folder = staging.work / "statistics"
-        if not (folder / _NAMES).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            _save(stage.transform.calibrate(stage.source, self._passes(stage, model)), staging)
-        return Statistics(folder)
+            return {}
+        statistics = StoredStatistics(staging.work / "statistics")
+        if not statistics.complete:
+            stage.transform.calibrate(stage.source, self._passes(stage, model), statistics)
+            statistics.finish()
+        return statistics
 
     def _passes(self, stage: Stage, folder: Path) -> Passes:
         """Load the model once; each call of what is returned starts a pass over its layers."""
@@ -99,17 +117,3 @@ def check_texts(planned: Plan) -> dict[str, Text]:
         found[purpose] = read_text(source)
     check_separate(found)
     return found
-
-
-def _save(statistics: Iterator[tuple[str, dict[str, Tensor]]], staging: Staging) -> None:
-    """Write each group of tensors as it comes; the list of names, written last, declares them complete."""
-    from safetensors.torch import save
-
-    names: list[str] = []
-    for name, tensors in statistics:
-        data = save({key: value.contiguous() for key, value in tensors.items()})
-        staging.add_file(f"work/statistics/{len(names)}.safetensors", data)
-        names.append(name)
-    staging.add_file(f"work/statistics/{_NAMES}.partial", json.dumps(names).encode())
-    partial = staging.work / "statistics" / f"{_NAMES}.partial"
-    partial.rename(partial.with_name(_NAMES))

@@ -131,10 +131,13 @@ def _run_stage(run: _Run, stage: Stage, folder: Path, staging: Staging) -> None:
     staging.work.mkdir(exist_ok=True)
     statistics = run.calibration.statistics(stage, folder, staging)
     stream(stage, checkpoint, statistics, staging, run.progress)
-    _write_sidecars(run, stage, checkpoint, staging)
+    config = stage.transform.edit_config(stage.source, statistics)
+    _write_sidecars(run, stage, checkpoint, config, staging)
 
 
-def _write_sidecars(run: _Run, stage: Stage, checkpoint: Checkpoint, staging: Staging) -> None:
+def _write_sidecars(
+    run: _Run, stage: Stage, checkpoint: Checkpoint, config: dict[str, Any], staging: Staging
+) -> None:
     """Copy every other file, then write what declares the checkpoint complete."""
     for file in checkpoint.sidecars:
         staging.copy_file(Path(checkpoint.files.name) / file, file)
@@ -143,7 +146,7 @@ def _write_sidecars(run: _Run, stage: Stage, checkpoint: Checkpoint, staging: St
     index = stage.layout.index()
     if index is not None:
         staging.add_file(INDEX, index)
-    staging.add_file("config.json", _json(dict(stage.result.config)))
+    staging.add_file("config.json", _json(config))
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -6,7 +6,7 @@ from typing import Any
 
 from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Refusal
-from reattend.families import source_of
+from reattend.families.source import source_of
 from reattend.pipeline.planning import cache_bytes
 from reattend.recipes.schema import step_class
 from reattend.recipes.table import TRANSFORMS

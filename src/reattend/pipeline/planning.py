@@ -10,7 +10,7 @@ from reattend.checkpoint.header import BITS, TensorSpec
 from reattend.checkpoint.index import Checkpoint, open_checkpoint
 from reattend.checkpoint.staging import Layout, lay_out
 from reattend.errors import Refusal
-from reattend.families import Source, describe, source_of
+from reattend.families.source import Source, describe, source_of
 from reattend.recipes.schema import Recipe, load_recipe
 from reattend.transform import Group, Transform
 
@@ -162,16 +162,12 @@ def plan(recipe: str | os.PathLike[str] | Recipe, model: str | os.PathLike[str])
     stages: list[Stage] = []
     for number, step in enumerate(loaded.steps):
         if number:
-            source, places = _next_source(stages[-1]), stages[-1].layout.places
+            source, places = stages[-1].result, stages[-1].layout.places
         stages.append(_stage(step, source, places, checkpoint.metadata, loaded.max_shard_bytes))
     remarks = [remark for stage in stages for remark in stage.remarks]
     if checkpoint.ignored:
         remarks.append(f"not copied, as they hold other weights: {', '.join(checkpoint.ignored)}")
     return Plan(checkpoint, loaded, tuple(stages), tuple(remarks))
-
-
-def _next_source(stage: Stage) -> Source:
-    return describe(stage.result.config, stage.result.tensors)
 
 
 def _stage(
@@ -183,7 +179,7 @@ def _stage(
     written = [spec for group in groups for spec in group.writes]
     _check_distinct(written)
     layout = lay_out(written, {"format": "pt"} | metadata, max_bytes)
-    result = Source(transform.edit_config(source), source.family, {s.name: s for s in written}, source.prefix)
+    result = describe(transform.edit_config(source, {}), {spec.name: spec for spec in written})
     return Stage(step, source, result, groups, layout, tuple(remarks))
 
 

@@ -8,10 +8,9 @@ from reattend.checkpoint.index import Checkpoint
 from reattend.checkpoint.staging import Staging
 from reattend.checkpoint.tensors import ShardReader, all_finite, bytes_view, tensor_bytes
 from reattend.errors import Refusal
-from reattend.pipeline.calibrating import Statistics
 from reattend.pipeline.planning import Stage
 from reattend.progress import Progress
-from reattend.transform import Group
+from reattend.transform import Group, Statistics
 
 
 def stream(

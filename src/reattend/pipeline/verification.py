@@ -11,7 +11,7 @@ from typing import Any
 from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import Checkpoint, fingerprint, open_checkpoint, read_json
 from reattend.errors import Failure, Refusal
-from reattend.families import source_of
+from reattend.families.source import source_of
 from reattend.modeling.loading import load_tokenizer
 
 _PROBE = Path(__file__).with_name("probe.py")

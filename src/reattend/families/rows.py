@@ -2,16 +2,14 @@
 
 A row says how tensors are named and shaped and what the family has (biases, norms, windows, experts), so
 that a transform can refuse by name. Dimension symbols in shapes: `hidden`, `q` (query heads x head_dim),
-`kv` (KV heads x head_dim), `ffn`, `vocab`, `experts`; a sum such as `q+kv+kv` is a fused output.
+`kv` (KV heads x head_dim), `ffn`, `vocab`, `experts`; for latent attention `qk` (query heads x both query parts),
+`latent`, `rope`, `up` (query heads x position-free keys and values), `values`, `query_latent`. A sum such as
+`q+kv+kv` is a fused output.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from reattend.checkpoint.header import TensorSpec
-from reattend.checkpoint.index import Checkpoint
-from reattend.errors import Refusal
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,29 @@ def _llama_like(
     )  # fmt: skip
 
 
+_LATENT = {
+    "self_attn.kv_a_proj_with_mqa": ("latent+rope", "hidden"), "self_attn.kv_b_proj": ("up", "latent"),
+    "self_attn.o_proj": ("hidden", "values"), **_GATED,
+}  # fmt: skip
+_LATENT_KEYS = {
+    **_LLAMA_KEYS, "latent": "kv_lora_rank", "rope": "qk_rope_head_dim", "free": "qk_nope_head_dim",
+    "value_dim": "v_head_dim",
+}  # fmt: skip
+
+
+def _latent(queries: dict[str, tuple[str, str]], **keys: str) -> Family:
+    return Family(
+        "deepseek_v3", "model.", "layers", "embed_tokens", {**queries, **_LATENT}, frozenset({"latent"}),
+        keys=_LATENT_KEYS | keys, defaults={"tie_word_embeddings": False}, feeds=(_UP,),
+    )  # fmt: skip
+
+
+# The second form of deepseek_v3, whose queries pass through a latent of their own.
+WITH_QUERY_LATENT = _latent(
+    {"self_attn.q_a_proj": ("query_latent", "hidden"), "self_attn.q_b_proj": ("qk", "query_latent")},
+    query_latent="q_lora_rank",
+)
+
 _BERT_ATTENTION = {f"attention.self.{n}": ("hidden", "hidden") for n in ("query", "key", "value")}
 
 FAMILIES = {
@@ -116,6 +137,7 @@ FAMILIES = {
             linears={**_ATTENTION, "block_sparse_moe.gate": ("experts", "hidden")},
             feeds=(), num_key_value_heads=8, tie_word_embeddings=False,
         ),
+        _latent({"self_attn.q_proj": ("qk", "hidden")}),
         Family(
             "opt", "model.decoder.", "layers", "embed_tokens",
             {
@@ -157,115 +179,3 @@ FAMILIES = {
         ),
     )
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model as transforms see it: config, family and tensor specs; `prefix` is the one in use."""
-
-    config: Mapping[str, Any]
-    family: Family
-    tensors: Mapping[str, TensorSpec]
-    prefix: str
-
-    def get(self, symbol: str) -> Any:
-        """Return the config's value of a dimension symbol, the family's default where it is absent."""
-        key = self.family.keys.get(symbol, symbol)
-        value = self.config.get(key)
-        return self.family.defaults.get(key) if value is None else value
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder (or encoder) layers."""
-        return int(self.get("layers"))
-
-    @property
-    def head_dim(self) -> int:
-        """Numbers per attention head."""
-        return int(self.get("head_dim") or self.get("hidden") // self.get("heads"))
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key/value heads."""
-        return int(self.get("kv_heads") or self.get("heads"))
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output embedding is the input embedding."""
-        return bool(self.get("tie_word_embeddings"))
-
-    @property
-    def cache_numbers_per_token(self) -> int:
-        """Numbers that the KV cache holds per token, over all layers (0 for an encoder)."""
-        if "encoder" in self.family.features:
-            return 0
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
-    def size(self, symbols: str) -> int:
-        """Evaluate a dimension such as `q+kv+kv`."""
-        return sum(self._size(symbol) for symbol in symbols.split("+"))
-
-    def _size(self, symbol: str) -> int:
-        if symbol == "q":
-            return int(self.get("heads")) * self.head_dim
-        if symbol == "kv":
-            return self.num_kv_heads * self.head_dim
-        if symbol == "ffn":
-            return int(self.get("ffn") or 4 * self.get("hidden"))  # GPT-2 writes null for 4 x hidden
-        return int(self.get(symbol))
-
-    def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Yield (module name, weight shape as stored) of every linear layer of every layer."""
-        for layer in range(self.num_layers):
-            for name, (rows, columns) in self.family.linears.items():
-                module = f"{self.prefix}{self.family.layer}.{layer}.{name}"
-                yield module, (self.size(rows), self.size(columns))
-
-
-def source_of(checkpoint: Checkpoint) -> Source:
-    """Find the family and check that config and tensors agree. Raises `Refusal` naming key or tensor."""
-    return describe(checkpoint.config, {name: stored.spec for name, stored in checkpoint.tensors.items()})
-
-
-def describe(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Source:
-    """The same for a config and tensor specs that are on no disk yet."""
-    model_type = config.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        raise Refusal(f"config.json: model_type {model_type!r} is not among {', '.join(FAMILIES)}")
-    suffix = f"{family.embedding}.weight"
-    prefix = family.prefix if family.prefix + suffix in tensors else ""
-    source = Source(config, family, tensors, prefix)
-    _check_keys(source)
-    expected = dict(source.linears())
-    if family.model_type != "opt":  # OPT may project between embedding and hidden size
-        expected[prefix + family.embedding] = (source.size("vocab"), source.size("hidden"))
-    for module, shape in expected.items():
-        packed = tensors.get(f"{module}.weight_packed")
-        if packed is None or not config.get("quantization_config"):
-            _check_tensor(tensors, f"{module}.weight", shape)
-        elif packed.shape[:1] != shape[:1]:
-            raise Refusal(f"tensor {packed.name!r} has {packed.shape[:1]} rows, config.json says {shape[0]}")
-    return source
-
-
-def _check_keys(source: Source) -> None:
-    optional = {"kv_heads", "head_dim", "experts"}
-    if source.family.model_type == "gpt2":
-        optional |= {"ffn"}
-    for symbol, key in source.family.keys.items():
-        value = source.get(symbol)
-        if value is None and symbol in optional:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise Refusal(f"config.json: {key} is {value!r}, expected a positive whole number")
-    if not isinstance(source.get("tie_word_embeddings"), bool):
-        raise Refusal("config.json: tie_word_embeddings is neither true nor false")
-
-
-def _check_tensor(tensors: Mapping[str, TensorSpec], name: str, shape: tuple[int, int]) -> None:
-    if name not in tensors:
-        raise Refusal(f"tensor {name!r} is missing, config.json promises it")
-    if tensors[name].shape != shape:
-        found = list(tensors[name].shape)
-        raise Refusal(f"tensor {name!r} has shape {found}, config.json says {list(shape)}")

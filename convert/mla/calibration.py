@@ -1,0 +1,160 @@
+"""From passes over the layers to converted layers: moments, the frequency list, the choice, the refit.
+
+Two passes are made. The first gathers every layer's second moments, from which one list of frequencies for
+all layers follows; the second converts layer by layer, measuring and fitting on the layer's own inputs.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reattend.calibration.layerwise import LayerPass
+from reattend.convert.mla.attention import LatentAttention, compose, output_error, read_source
+from reattend.convert.mla.closed_form import Choice, best_choice, convert_layer
+from reattend.convert.mla.geometry import Geometry
+from reattend.convert.mla.refit import Schedule, refit
+from reattend.convert.mla.rotation import Components, rotate_heads
+from reattend.convert.mla.selection import RopePart, assign_slots, common_list, drop_cost, slot_gain
+from reattend.convert.mla.statistics import LayerMoments, MomentAccumulator, TokenMoments, mean_phase
+
+_PARTS = ("plain", "attended", "averaged")
+
+
+def gather_moments(layer: LayerPass, geometry: Geometry, tokens: int) -> dict[str, Tensor]:
+    """Run a layer and return its moments over the calibration text, as tensors to be stored."""
+    accumulator = MomentAccumulator(geometry.heads, geometry.kv_heads, geometry.rotary, tokens, geometry.scale)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda module, inputs, output: seen.__setitem__(name, output[0].cpu())
+
+    def add(module: nn.Module, inputs: Any, output: Any) -> None:
+        if layer.text == "calibration":
+            q, k, v = (seen[n].view(len(seen[n]), -1, geometry.head_dim) for n in "qkv")
+            accumulator.add(q, k, v)
+
+    with ExitStack() as stack:
+        for name in "qkv":
+            module = layer.module.get_submodule(f"self_attn.{name}_proj")
+            stack.callback(module.register_forward_hook(keep(name)).remove)
+        stack.callback(layer.module.get_submodule("self_attn").register_forward_hook(add).remove)
+        layer.run()
+    return store_moments(accumulator.result())
+
+
+def store_moments(moments: LayerMoments) -> dict[str, Tensor]:
+    """Flatten moments into named tensors."""
+    parts = {name: getattr(moments, name) for name in _PARTS}
+    flat = {f"{name}.second": part.second_ZZ for name, part in parts.items()}
+    flat |= {f"{name}.mean": part.mean_Z for name, part in parts.items()}
+    return flat | {"query": moments.query_HDD, "distance": moments.distance_T}
+
+
+def read_moments(stored: Mapping[str, Tensor]) -> LayerMoments:
+    """Undo `store_moments`."""
+    plain, attended, averaged = (TokenMoments(stored[f"{n}.second"], stored[f"{n}.mean"]) for n in _PARTS)
+    return LayerMoments(plain, attended, averaged, stored["query"], stored["distance"])
+
+
+def components_of(moments: LayerMoments) -> Components:
+    """Rotate a layer's pairs across KV heads, keys weighted half by the attention that they receive."""
+    width = moments.query_HDD.shape[-1] * moments.kv_shape[0]
+    tokens = moments.plain.mix(moments.attended, Choice().attended_share)
+    return rotate_heads(tokens.second_ZZ[:width, :width], moments.query_HDD)
+
+
+def slots_of_all(
+    layers: Iterable[LayerMoments], geometry: Geometry, slots: int, fixed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the model's list of source frequencies (S,) and the component that each layer puts there (Y, S).
+
+    `fixed` is a list that the target prescribes.
+    """
+    frequency_F = geometry.rotary.frequency_F
+    gains, costs = [], []
+    for moments in layers:
+        parts = components_of(moments)
+        gains.append(slot_gain(parts, frequency_F, moments.distance_T))
+        costs.append(drop_cost(parts, mean_phase(frequency_F, moments.distance_T)).sum())
+    gain_YNF = torch.stack(gains)
+    pair_S = common_list(gain_YNF, torch.stack(costs), slots) if fixed is None else fixed
+    return pair_S, assign_slots(gain_YNF[..., pair_S])[1]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How layers are converted: sizes, whether a bias can hold the values' mean, and the fit (None: no refit)."""
+
+    geometry: Geometry
+    latent_rank: int
+    centred: bool
+    schedule: Schedule | None
+    batch_windows: int
+
+
+def convert(
+    layer: LayerPass, moments: LayerMoments, pair_S: Tensor, kept_S: Tensor, how: Conversion
+) -> tuple[LatentAttention, dict[str, float]]:
+    """Run a layer and return its conversion, and the relative errors of its output on the selection text."""
+    seen = _watch_attention(layer)
+    module: Any = layer.module.get_submodule("self_attn")
+    tensors = {name: value.detach().cpu() for name, value in module.state_dict().items()}
+    geometry = how.geometry
+    source = read_source(tensors, geometry.head_dim, geometry.rotary, geometry.scale)
+    phase_F = mean_phase(geometry.rotary.frequency_F, moments.distance_T)
+    rope = RopePart(components_of(moments), kept_S, pair_S, phase_F)
+
+    def converted(choice: Choice) -> LatentAttention:
+        output_EHD = source.o_EHD.double()
+        return compose(source, convert_layer(moments, output_EHD, rope, how.latent_rank, choice, centred=how.centred))
+
+    choice, closed = best_choice(lambda tried: _error(converted(tried), *seen["selection"]))
+    best = converted(choice)
+    errors = {"closed_form": closed}
+    if how.schedule is not None:
+        best, errors["refit"] = _fitted(best, closed, seen, how)
+    return best, errors
+
+
+def _fitted(
+    closed: LatentAttention, error: float, seen: dict[str, tuple[Tensor, Tensor]], how: Conversion
+) -> tuple[LatentAttention, float]:
+    """Refit a layer; keep the closed form where the fit is no better on the selection text."""
+    x_BTE, y_BTE = seen["calibration"]
+    size = how.batch_windows
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        index = torch.arange(step * size, (step + 1) * size) % len(x_BTE)
+        return x_BTE[index], y_BTE[index]
+
+    assert how.schedule is not None
+    fitted, _ = refit(closed, batch, how.schedule)
+    after = _error(fitted, *seen["selection"])
+    return (fitted, after) if after < error else (closed, error)
+
+
+def _error(layer: LatentAttention, x_BTE: Tensor, y_BTE: Tensor) -> float:
+    with torch.inference_mode():
+        return float(output_error(layer.to(torch.float32).attend(x_BTE), y_BTE))
+
+
+def _watch_attention(layer: LayerPass) -> dict[str, tuple[Tensor, Tensor]]:
+    """Run a layer; return its attention's inputs and outputs (windows, tokens, hidden) by text, on the CPU."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layer.hidden}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in layer.hidden}
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inputs[layer.text].append((args[0] if args else kwargs["hidden_states"]).cpu())
+        outputs[layer.text].append((output[0] if isinstance(output, tuple) else output).cpu())
+
+    attention = layer.module.get_submodule("self_attn")
+    handle = attention.register_forward_hook(watch, with_kwargs=True)
+    try:
+        layer.run()
+    finally:
+        handle.remove()
+    return {name: (torch.cat(inputs[name]), torch.cat(outputs[name])) for name in inputs}

@@ -1,0 +1,228 @@
+"""The step `mla`: GQA to multi-head latent attention, written as stock `DeepseekV3ForCausalLM` reads it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from reattend.calibration.layerwise import LayerPass
+from reattend.checkpoint.header import TensorSpec
+from reattend.convert.mla.attention import LatentAttention
+from reattend.convert.mla.calibration import Conversion, convert, gather_moments, read_moments, slots_of_all
+from reattend.convert.mla.geometry import (
+    Geometry,
+    attention_name,
+    native_specs,
+    native_tensor_specs,
+    read_geometry,
+)
+from reattend.convert.mla.native import TARGETS, native_config, native_layer, native_rope
+from reattend.convert.mla.refit import Schedule
+from reattend.convert.mla.rope import Rotary
+from reattend.errors import Refusal
+from reattend.families.source import Source
+from reattend.transform import Group, Passes, Statistics
+
+_TORCH = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16, "F64": torch.float64}
+_READ = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")
+# What no weights of deepseek_v3 can express, by the feature that a family's row names.
+_FEATURES = {
+    "qk_norm": "normalises queries and keys after their projections, which the native format can't hold",
+    "soft_cap": "caps its scores, which the native format can't hold",
+    "partial_rotary": "fuses its projections and may rotate a part of each head only",
+    "experts": "has experts, which the native format would have to hold too",
+    "learned_positions": "has learned positions instead of RoPE",
+}
+
+
+class Mla(BaseModel):
+    """GQA to MLA. The cache then holds latent_rank + rope_dim numbers per token and layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: Literal["mla"] = "mla"
+    latent_rank: int = Field(512, ge=1, description="latent numbers per token (kernels know 512)")
+    rope_dim: int = Field(64, ge=2, multiple_of=2, description="rotary numbers per token (kernels know 64)")
+    target: Literal["transformers", "vllm"] = Field("transformers", description="whose deepseek_v3 must hold it")
+    refit: bool = Field(True, description="fit each layer to the source's attention output after the closed form")
+    refit_steps: int = Field(40, ge=1, description="steps per layer")
+    refit_rate: float = Field(1.5e-4, gt=0, description="Adam's rate, falling to 0 as a cosine")
+    refit_windows: int = Field(2, ge=1, description="calibration windows per step")
+
+    @property
+    def tolerance(self) -> float:
+        """Relative L2 of logits: lossy by construction, so only what looks broken is caught."""
+        return 0.7
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Moments and the refit come from the calibration text, choices from the selection text."""
+        return ("calibration", "selection")
+
+    @property
+    def _centred(self) -> bool:
+        return TARGETS[self.target].biases
+
+    def check(self, source: Source) -> list[str]:
+        """Refuse what the native format of the target can't hold, and sizes that make no sense."""
+        family = source.family
+        for feature, reason in _FEATURES.items():
+            if feature in family.features:
+                raise Refusal(f"mla: {family.model_type} {reason}")
+        if family.model_type not in ("llama", "mistral", "qwen2"):
+            raise Refusal(f"mla: {family.model_type} is not supported (llama, mistral, qwen2 are)")
+        if source.config.get("quantization_config"):
+            raise Refusal("config.json: quantization_config: convert first, quantise after")
+        _check_window(source)
+        if source.config.get("mlp_bias"):
+            raise Refusal("config.json: mlp_bias: the native format has no bias there")
+        geometry = read_geometry(source)
+        self._check_tensors(source)
+        self._check_sizes(geometry)
+        if self.target == "vllm":
+            self._check_vllm(source, geometry)
+        return self._remarks(source, geometry)
+
+    def _check_tensors(self, source: Source) -> None:
+        for layer in range(source.num_layers):
+            names = [attention_name(source, layer, name) for name in (*_READ, *_BIASES)]
+            for spec in (source.tensors[name] for name in names if name in source.tensors):
+                if spec.dtype not in _TORCH:
+                    raise Refusal(f"mla: tensor {spec.name!r} is {spec.dtype}, not a 16-, 32- or 64-bit float")
+            biases = [attention_name(source, layer, f"{n}_proj.bias") in source.tensors for n in "qkv"]
+            if len(set(biases)) != 1:
+                raise Refusal(f"mla: layer {layer} has biases on some of q_proj, k_proj, v_proj only")
+
+    def _check_sizes(self, geometry: Geometry) -> None:
+        width = geometry.kv_heads * geometry.head_dim
+        if self.rope_dim > width:
+            raise Refusal(f"mla: rope_dim: {self.rope_dim} is more than the {width} numbers that the keys have")
+        if self.latent_rank > 2 * width - self.rope_dim:
+            most = 2 * width - self.rope_dim
+            raise Refusal(f"mla: latent_rank: {self.latent_rank} is more than {most}: the cache would not shrink")
+
+    def _check_vllm(self, source: Source, geometry: Geometry) -> None:
+        if any(attention_name(source, 0, name) in source.tensors for name in _BIASES):
+            raise Refusal("mla: target: vLLM's deepseek_v3 has no attention biases; use target: transformers")
+        rotary = geometry.rotary
+        plain = rotary.factor == 1.0 and rotary.long_frequency_F is None
+        if not plain or geometry.head_dim % self.rope_dim:
+            raise Refusal(
+                f"mla: target: vLLM's deepseek_v3 has default RoPE only, so rope_dim must divide {geometry.head_dim}"
+            )
+        if native_rope(rotary, geometry.theta, geometry.max_positions)["rope_type"] != "default":
+            raise Refusal("mla: target: vLLM's deepseek_v3 has default RoPE only; use target: transformers")
+
+    def _remarks(self, source: Source, geometry: Geometry) -> list[str]:
+        before = 2 * geometry.kv_heads * geometry.head_dim
+        after = self.latent_rank + self.rope_dim
+        remarks = [f"the cache holds {after} numbers per token and layer, before {before}"]
+        if self.target == "vllm" and source.tied:
+            remarks.append("the output embedding is untied, as vLLM needs it")
+        return [*remarks, "per-tensor fp8 scales would flush the latent rows: quantise them per row"]
+
+    def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
+        """Gather moments in one pass, choose the frequency list, convert and refit layers in another."""
+        geometry = read_geometry(source)
+        layers = range(source.num_layers)
+        if any(f"moments-{i}" not in statistics for i in layers):
+            for layer in passes():
+                tokens = layer.hidden["calibration"].shape[1]
+                statistics[f"moments-{layer.index}"] = gather_moments(layer, geometry, tokens)
+        every = (read_moments(statistics[f"moments-{i}"]) for i in layers)
+        pair_S, kept_YS = slots_of_all(every, geometry, self.rope_dim // 2, self._fixed(geometry))
+        statistics["model"] = {"pairs": pair_S}
+        schedule = Schedule(self.refit_steps, self.refit_rate) if self.refit else None
+        how = Conversion(geometry, self.latent_rank, self._centred, schedule, self.refit_windows)
+        for layer in passes():
+            i = layer.index
+            if str(i) not in statistics:
+                attention, errors = convert(layer, read_moments(statistics[f"moments-{i}"]), pair_S, kept_YS[i], how)
+                statistics[str(i)] = self._native(source, layer, attention, geometry) | {
+                    f"error.{name}": torch.tensor(value) for name, value in errors.items()
+                }
+
+    def _fixed(self, geometry: Geometry) -> Tensor | None:
+        """The list that the target prescribes: default RoPE of rope_dim numbers is every n-th of the source's."""
+        if TARGETS[self.target].any_frequencies:
+            return None
+        return torch.arange(0, geometry.head_dim // 2, geometry.head_dim // self.rope_dim)
+
+    def _native(
+        self, source: Source, layer: LayerPass, attention: LatentAttention, geometry: Geometry
+    ) -> dict[str, Tensor]:
+        norm_E = layer.module.get_parameter("input_layernorm.weight").detach().cpu()
+        eps = TARGETS[self.target].eps(float(source.get("rms_norm_eps") or 1e-6))
+        return native_layer(attention, norm_E, eps, biased=self._biased(), query_latent=geometry.query_bias)
+
+    def _biased(self) -> bool:
+        return TARGETS[self.target].biases
+
+    def groups(self, source: Source) -> Iterator[Group]:
+        """Yield one group per layer's attention, and the embedding where the head has to be untied."""
+        shapes = native_specs(read_geometry(source), self.rope_dim, self.latent_rank, biased=self._biased())
+        for layer in range(source.num_layers):
+            every = (attention_name(source, layer, name) for name in (*_READ, *_BIASES))
+            reads = tuple(name for name in every if name in source.tensors)
+            dtype = source.tensors[reads[0]].dtype
+            yield Group(reads, native_tensor_specs(source, layer, shapes, dtype), key=str(layer))
+        if self.target == "vllm" and source.tied:
+            embedding = source.tensors[f"{source.prefix}{source.family.embedding}.weight"]
+            head = TensorSpec("lm_head.weight", embedding.dtype, embedding.shape)
+            yield Group((embedding.name,), (embedding, head))
+
+    def apply(
+        self, group: Group, tensors: Mapping[str, Tensor], statistics: Statistics, source: Source
+    ) -> dict[str, Tensor]:
+        """Return the converted layer in the source's dtype."""
+        if not group.key:
+            (embedding,) = tensors.values()
+            return {spec.name: embedding for spec in group.writes}
+        found = statistics[group.key]
+        prefix = attention_name(source, int(group.key), "")
+        return {spec.name: found[spec.name.removeprefix(prefix)].to(_TORCH[spec.dtype]) for spec in group.writes}
+
+    def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:
+        """Return a deepseek_v3 config with all layers dense."""
+        geometry = read_geometry(source)
+        rope: Mapping[str, Any] = {"rope_type": "default", "rope_theta": geometry.theta}
+        if "model" in statistics:
+            pairs = statistics["model"]["pairs"]
+            long = geometry.rotary.long_frequency_F
+            chosen = Rotary(
+                geometry.rotary.frequency_F[pairs], 1.0, None if long is None else long[pairs],
+                geometry.rotary.switch_tokens,
+            )  # fmt: skip
+            rope = native_rope(chosen, geometry.theta, geometry.max_positions)
+        return native_config(
+            source.config, self._shape(geometry), rope, biased=self._biased(), query_latent=geometry.query_bias,
+            tied=source.tied and TARGETS[self.target].tied_head,
+        )  # fmt: skip
+
+    def _shape(self, geometry: Geometry) -> LatentAttention:
+        """A layer without numbers, for its sizes."""
+        heads, head_dim, hidden = geometry.heads, geometry.head_dim, geometry.hidden
+        sizes = (
+            (heads, head_dim + self.rope_dim, hidden), (self.latent_rank + self.rope_dim, hidden),
+            (heads, head_dim, self.latent_rank), (heads, head_dim, self.latent_rank), (hidden, heads, head_dim),
+        )  # fmt: skip
+        query, down, key, value, output = (torch.empty(size, device="meta") for size in sizes)
+        return LatentAttention(query, down, key, value, output, geometry.rotary, geometry.scale)
+
+    def engines(self, source: Source) -> dict[str, str]:
+        """Stock classes read it; vLLM and SGLang only what their own deepseek_v3 holds."""
+        if self.target == "transformers":
+            no = "no: their deepseek_v3 has no biases and default RoPE only (target: vllm)"
+            return {"transformers": "yes", "vllm": no, "sglang": no}
+        return {"transformers": "no: its latent norms have another eps", "vllm": "yes, by its format", "sglang": "?"}
+
+
+def _check_window(source: Source) -> None:
+    window = source.config.get("sliding_window")
+    used = source.config.get("use_sliding_window", source.family.model_type == "mistral")
+    limit = int(source.get("max_position_embeddings") or 0)
+    if window and used and int(window) < limit:
+        raise Refusal(f"config.json: sliding_window: {window} is less than {limit}, and the native format has none")

@@ -1,0 +1,1 @@
+"""What reattend knows of each model family, and a model described by it."""

@@ -1,0 +1,136 @@
+"""A model as transforms see it: config, family row and tensor specs, checked against each other."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reattend.checkpoint.header import TensorSpec
+from reattend.checkpoint.index import Checkpoint
+from reattend.errors import Refusal
+from reattend.families.rows import FAMILIES, WITH_QUERY_LATENT, Family
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as transforms see it: config, family and tensor specs; `prefix` is the one in use."""
+
+    config: Mapping[str, Any]
+    family: Family
+    tensors: Mapping[str, TensorSpec]
+    prefix: str
+
+    def get(self, symbol: str) -> Any:
+        """Return the config's value of a dimension symbol, the family's default where it is absent."""
+        key = self.family.keys.get(symbol, symbol)
+        value = self.config.get(key)
+        return self.family.defaults.get(key) if value is None else value
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder (or encoder) layers."""
+        return int(self.get("layers"))
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers per attention head."""
+        return int(self.get("head_dim") or self.get("hidden") // self.get("heads"))
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads."""
+        return int(self.get("kv_heads") or self.get("heads"))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output embedding is the input embedding."""
+        return bool(self.get("tie_word_embeddings"))
+
+    @property
+    def cache_numbers_per_token(self) -> int:
+        """Numbers that the KV cache holds per token, over all layers (0 for an encoder)."""
+        if "encoder" in self.family.features:
+            return 0
+        if "latent" in self.family.features:
+            return self.num_layers * self.size("latent+rope")
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    def size(self, symbols: str) -> int:
+        """Evaluate a dimension such as `q+kv+kv`."""
+        return sum(self._size(symbol) for symbol in symbols.split("+"))
+
+    def _size(self, symbol: str) -> int:
+        products = {
+            "q": lambda: int(self.get("heads")) * self.head_dim,
+            "kv": lambda: self.num_kv_heads * self.head_dim,
+            "ffn": lambda: int(self.get("ffn") or 4 * self.get("hidden")),  # GPT-2 writes null for 4 x hidden
+            "qk": lambda: int(self.get("heads")) * self.size("free+rope"),
+            "up": lambda: int(self.get("heads")) * self.size("free+value_dim"),
+            "values": lambda: int(self.get("heads")) * self.size("value_dim"),
+        }
+        return products[symbol]() if symbol in products else int(self.get(symbol))
+
+    def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield (module name, weight shape as stored) of every linear layer of every layer."""
+        for layer in range(self.num_layers):
+            for name, (rows, columns) in self.family.linears.items():
+                module = f"{self.prefix}{self.family.layer}.{layer}.{name}"
+                yield module, (self.size(rows), self.size(columns))
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    """Find the family and check that config and tensors agree. Raises `Refusal` naming key or tensor."""
+    return describe(checkpoint.config, {name: stored.spec for name, stored in checkpoint.tensors.items()})
+
+
+def describe(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Source:
+    """The same for a config and tensor specs that are on no disk yet."""
+    model_type = config.get("model_type")
+    family = _family(config)
+    if family is None:
+        raise Refusal(f"config.json: model_type {model_type!r} is not among {', '.join(FAMILIES)}")
+    suffix = f"{family.embedding}.weight"
+    prefix = family.prefix if family.prefix + suffix in tensors else ""
+    source = Source(config, family, tensors, prefix)
+    _check_keys(source)
+    expected = dict(source.linears())
+    if family.model_type != "opt":  # OPT may project between embedding and hidden size
+        expected[prefix + family.embedding] = (source.size("vocab"), source.size("hidden"))
+    for module, shape in expected.items():
+        packed = tensors.get(f"{module}.weight_packed")
+        if packed is None or not config.get("quantization_config"):
+            _check_tensor(tensors, f"{module}.weight", shape)
+        elif packed.shape[:1] != shape[:1]:
+            raise Refusal(f"tensor {packed.name!r} has {packed.shape[:1]} rows, config.json says {shape[0]}")
+    return source
+
+
+def _family(config: Mapping[str, Any]) -> Family | None:
+    name = config.get("model_type")
+    if name == "deepseek_v3":
+        if config.get("first_k_dense_replace") != config.get("num_hidden_layers"):
+            raise Refusal("config.json: first_k_dense_replace: deepseek_v3 with experts is not supported")
+        if config.get("q_lora_rank"):
+            return WITH_QUERY_LATENT
+    return FAMILIES.get(name) if isinstance(name, str) else None
+
+
+def _check_keys(source: Source) -> None:
+    optional = {"kv_heads", "head_dim", "experts"}
+    if source.family.model_type == "gpt2":
+        optional |= {"ffn"}
+    for symbol, key in source.family.keys.items():
+        value = source.get(symbol)
+        if value is None and symbol in optional:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise Refusal(f"config.json: {key} is {value!r}, expected a positive whole number")
+    if not isinstance(source.get("tie_word_embeddings"), bool):
+        raise Refusal("config.json: tie_word_embeddings is neither true nor false")
+
+
+def _check_tensor(tensors: Mapping[str, TensorSpec], name: str, shape: tuple[int, int]) -> None:
+    if name not in tensors:
+        raise Refusal(f"tensor {name!r} is missing, config.json promises it")
+    if tensors[name].shape != shape:
+        found = list(tensors[name].shape)
+        raise Refusal(f"tensor {name!r} has shape {found}, config.json says {list(shape)}")
