@@ -142,7 +142,7 @@ def compressed(model, count, rank, *, centred=True, published=False):
 def run_directly(model, converted, tokens=40):
     """The source model with its attention replaced by the mathematics."""
     for layer, attention in zip(model.model.layers, converted, strict=True):
-        layer.self_attn.forward = lambda hidden_states, attention=attention.to(model.dtype), **_: (
+        layer.self_attn.forward = lambda hidden_states, attention=attention, **_: (
             attention.attend(hidden_states),
             None,
         )
