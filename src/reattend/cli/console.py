@@ -55,7 +55,8 @@ def _lines() -> Progress:
     told: dict[str, int] = {}
 
     def report(phase: str, done: int, total: int) -> None:
-        elapsed = time.monotonic() - started.setdefault(phase, time.monotonic())
+        start = started.setdefault(phase, time.monotonic())
+        elapsed = time.monotonic() - start
         tenth = 10 * done // max(total, 1)
         if tenth != told.get(phase, 0):
             told[phase] = tenth
