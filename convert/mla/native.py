@@ -19,6 +19,10 @@ from torch import Tensor
 from reattend.convert.mla.attention import LatentAttention
 from reattend.convert.mla.rope import Rotary, default_frequencies, longrope_factors
 
+# How far a norm may shrink its largest token. fp32 and bf16 have exponents to spare; fp16 would lose latents
+# to underflow before that.
+WIDE_RANGE_ERROR = 1e-6
+FP16_ERROR = 1e-2
 # transformers builds the latent norms without config.rms_norm_eps.
 _STOCK_LATENT_EPS = 1e-6
 
@@ -52,7 +56,7 @@ class NeutralNorm:
     leftover: float
 
 
-def neutral_norm(mean_square: float, eps: float, relative_error: float = 1e-3) -> NeutralNorm:
+def neutral_norm(mean_square: float, eps: float, relative_error: float = WIDE_RANGE_ERROR) -> NeutralNorm:
     """Return the scales for latents whose mean square over channels is at most `mean_square`.
 
     The norm then shrinks a token by at most `relative_error`, and by less the smaller the token.
@@ -72,7 +76,7 @@ def latent_bound(down_LE: Tensor, norm_weight_E: Tensor, bias_L: Tensor | None =
 
 def native_layer(
     attention: LatentAttention, norm_weight_E: Tensor, eps: float, *, biased: bool, query_latent: bool,
-    relative_error: float = 1e-3,
+    relative_error: float = WIDE_RANGE_ERROR,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return the tensors of `self_attn` by their short names, fp32.
 

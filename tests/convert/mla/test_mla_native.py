@@ -1,5 +1,7 @@
 """Stock DeepseekV3ForCausalLM, loaded strictly with our tensors, against the source model and the mathematics."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -139,13 +141,14 @@ def compressed(model, count, rank, *, centred=True, published=False):
     return converted
 
 
+def attend_only(attention, hidden_states, **_):
+    return attention.attend(hidden_states), None
+
+
 def run_directly(model, converted, tokens=40):
     """The source model with its attention replaced by the mathematics."""
     for layer, attention in zip(model.model.layers, converted, strict=True):
-        layer.self_attn.forward = lambda hidden_states, attention=attention, **_: (
-            attention.attend(hidden_states),
-            None,
-        )
+        layer.self_attn.forward = partial(attend_only, attention.to(model.dtype))
     try:
         return logits(model, tokens)
     finally:
