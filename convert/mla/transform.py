@@ -18,7 +18,14 @@ from reattend.convert.mla.geometry import (
     native_tensor_specs,
     read_geometry,
 )
-from reattend.convert.mla.native import TARGETS, native_config, native_layer, native_rope
+from reattend.convert.mla.native import (
+    FP16_ERROR,
+    TARGETS,
+    WIDE_RANGE_ERROR,
+    native_config,
+    native_layer,
+    native_rope,
+)
 from reattend.convert.mla.refit import Schedule
 from reattend.convert.mla.rope import Rotary
 from reattend.errors import Refusal
@@ -63,7 +70,8 @@ class Mla(BaseModel):
         return ("calibration", "selection")
 
     @property
-    def _centred(self) -> bool:
+    def _biased(self) -> bool:
+        """Whether the output has biases: they hold the values' mean, and the source's own."""
         return TARGETS[self.target].biases
 
     def check(self, source: Source) -> list[str]:
@@ -136,7 +144,7 @@ class Mla(BaseModel):
         pair_S, kept_YS = slots_of_all(every, geometry, self.rope_dim // 2, self._fixed(geometry))
         statistics["model"] = {"pairs": pair_S}
         schedule = Schedule(self.refit_steps, self.refit_rate) if self.refit else None
-        how = Conversion(geometry, self.latent_rank, self._centred, schedule, self.refit_windows)
+        how = Conversion(geometry, self.latent_rank, self._biased, schedule, self.refit_windows)
         for layer in passes():
             i = layer.index
             if str(i) not in statistics:
@@ -156,14 +164,15 @@ class Mla(BaseModel):
     ) -> dict[str, Tensor]:
         norm_E = layer.module.get_parameter("input_layernorm.weight").detach().cpu()
         eps = TARGETS[self.target].eps(float(source.get("rms_norm_eps") or 1e-6))
-        return native_layer(attention, norm_E, eps, biased=self._biased(), query_latent=geometry.query_bias)
-
-    def _biased(self) -> bool:
-        return TARGETS[self.target].biases
+        narrow = source.tensors[attention_name(source, layer.index, "q_proj.weight")].dtype == "F16"
+        return native_layer(
+            attention, norm_E, eps, biased=self._biased, query_latent=geometry.query_bias,
+            relative_error=FP16_ERROR if narrow else WIDE_RANGE_ERROR,
+        )  # fmt: skip
 
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield one group per layer's attention, and the embedding where the head has to be untied."""
-        shapes = native_specs(read_geometry(source), self.rope_dim, self.latent_rank, biased=self._biased())
+        shapes = native_specs(read_geometry(source), self.rope_dim, self.latent_rank, biased=self._biased)
         for layer in range(source.num_layers):
             every = (attention_name(source, layer, name) for name in (*_READ, *_BIASES))
             reads = tuple(name for name in every if name in source.tensors)
@@ -198,7 +207,7 @@ class Mla(BaseModel):
             )  # fmt: skip
             rope = native_rope(chosen, geometry.theta, geometry.max_positions)
         return native_config(
-            source.config, self._shape(geometry), rope, biased=self._biased(), query_latent=geometry.query_bias,
+            source.config, self._shape(geometry), rope, biased=self._biased, query_latent=geometry.query_bias,
             tied=source.tied and TARGETS[self.target].tied_head,
         )  # fmt: skip
 
@@ -211,6 +220,16 @@ class Mla(BaseModel):
         )  # fmt: skip
         query, down, key, value, output = (torch.empty(size, device="meta") for size in sizes)
         return LatentAttention(query, down, key, value, output, geometry.rotary, geometry.scale)
+
+    def findings(self, statistics: Statistics) -> dict[str, Any]:
+        """Return each layer's relative error on the selection text, before and after the refit; the pairs kept."""
+        layers = sorted((name for name in statistics if name.isdigit()), key=int)
+        errors: dict[str, list[float]] = {}
+        for name in layers:
+            for key, value in statistics[name].items():
+                if key.startswith("error."):
+                    errors.setdefault(key.removeprefix("error."), []).append(float(f"{float(value):.4g}"))
+        return {"relative_error_per_layer": errors, "rope_pairs": statistics["model"]["pairs"].tolist()}
 
     def engines(self, source: Source) -> dict[str, str]:
         """Stock classes read it; vLLM and SGLang only what their own deepseek_v3 holds."""

@@ -169,6 +169,14 @@ class Int8(BaseModel):
         head = [source.family.head] if source.family.head else []
         return sorted({*kept, *head})
 
+    def findings(self, statistics: Statistics) -> dict[str, Any]:
+        """Return the alphas that smoothing chose, by layer and producer (0: left alone)."""
+        alphas = {
+            layer: {name.removesuffix(".alpha"): round(float(a), 2) for name, a in found.items() if ".alpha" in name}
+            for layer, found in sorted(statistics.items(), key=lambda item: int(item[0]))
+        }
+        return {"alpha": alphas} if alphas else {}
+
     def engines(self, source: Source) -> dict[str, str]:
         """vLLM and SGLang fuse q/k/v and gate/up, so those must be quantised together."""
         if self.format == "bitsandbytes":

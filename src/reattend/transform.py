@@ -58,6 +58,9 @@ class Transform(Protocol):
     def edit_config(self, source: Source, statistics: "Statistics") -> dict[str, Any]:
         """Return the config of the result, a new dict; while planning, `statistics` is empty."""
 
+    def findings(self, statistics: "Statistics") -> dict[str, Any]:
+        """Return what calibration measured and chose, as plain data for the output's `reattend.json`."""
+
     def engines(self, source: Source) -> dict[str, str]:
         """Say which engines can serve the result: engine -> "yes" or the reason why not."""
 

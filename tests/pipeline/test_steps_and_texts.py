@@ -15,7 +15,7 @@ from reattend.calibration.moments import Point, layer_moments
 from reattend.errors import Failure, Refusal
 from reattend.modeling import loading
 from reattend.modeling.loading import load
-from reattend.pipeline import calibrating
+from reattend.pipeline import calibrating, execution
 from reattend.quantize.int8.transform import Int8
 from reattend.recipes.schema import Recipe
 from reattend.texts.reading import read_text
@@ -49,6 +49,9 @@ class Rescale(BaseModel, frozen=True):
 
     def edit_config(self, source: Any, statistics: Any) -> dict[str, Any]:
         return {**source.config, "rescaled": source.config.get("rescaled", 0) + 1}
+
+    def findings(self, statistics: Any) -> dict[str, Any]:
+        return {"seen": sorted(statistics)}
 
     def engines(self, source: Any) -> dict[str, str]:
         return {}
@@ -89,6 +92,7 @@ def test_steps_run_in_order_on_what_the_one_before_wrote(tmp_path):
     assert all(torch.equal(together[name], apart[name]) for name in together)
     assert json.loads((tmp_path / "all/config.json").read_text())["rescaled"] == 2
     assert planned.tolerance == Int8().tolerance
+    assert execution.read_findings(tmp_path / "all") == [{"seen": []}, {"seen": []}, {}]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["all", "one", "two"]
     assert not (tmp_path / "all/work").exists()
     assert reattend.verify(tmp_path / "all", against=demo.MODEL)["problems"] == []

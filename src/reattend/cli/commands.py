@@ -61,6 +61,7 @@ def _digest(changes: list[dict[str, Any]], most: int = 8) -> list[str]:
 
 def _apply(recipe: Any, model: str, out: str, options: dict[str, Any]) -> None:
     import reattend
+    from reattend.pipeline.execution import read_findings
 
     texts = {key: options.pop(key) for key in ("calibration", "selection")}
     recipe = recipe.model_copy(update={key: text for key, text in texts.items() if text is not None})
@@ -69,7 +70,11 @@ def _apply(recipe: Any, model: str, out: str, options: dict[str, Any]) -> None:
         done = reattend.apply(recipe, model, out, progress=report, **options)
     summary = done.summary()
     keys = ("bytes_before", "bytes_after", "ratio", "remarks")
-    show({"out": out, "model": model, **{key: summary[key] for key in keys}}, as_json=as_json)
+    findings = [found for found in read_findings(Path(out)) if found]
+    report: dict[str, Any] = {"out": out, "model": model, **{key: summary[key] for key in keys}}
+    if findings:
+        report["findings"] = findings
+    show(report, as_json=as_json)
 
 
 @click.command()

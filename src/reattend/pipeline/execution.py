@@ -10,7 +10,7 @@ from typing import Any
 
 import reattend
 from reattend.checkpoint.files import open_files
-from reattend.checkpoint.index import INDEX, Checkpoint, fingerprint, open_checkpoint
+from reattend.checkpoint.index import INDEX, fingerprint, open_checkpoint
 from reattend.checkpoint.staging import Staging
 from reattend.errors import Failure, Refusal
 from reattend.modeling.loading import check_device
@@ -131,22 +131,27 @@ def _run_stage(run: _Run, stage: Stage, folder: Path, staging: Staging) -> None:
     staging.work.mkdir(exist_ok=True)
     statistics = run.calibration.statistics(stage, folder, staging)
     stream(stage, checkpoint, statistics, staging, run.progress)
-    config = stage.transform.edit_config(stage.source, statistics)
-    _write_sidecars(run, stage, checkpoint, config, staging)
-
-
-def _write_sidecars(
-    run: _Run, stage: Stage, checkpoint: Checkpoint, config: dict[str, Any], staging: Staging
-) -> None:
-    """Copy every other file, then write what declares the checkpoint complete."""
     for file in checkpoint.sidecars:
         staging.copy_file(Path(checkpoint.files.name) / file, file)
+    findings = [] if stage is run.plan.stages[0] else read_findings(folder)
+    findings.append(stage.transform.findings(statistics))
     staging.add_file("recipe.yaml", dump_recipe(run.plan.recipe).encode())
-    staging.add_file("reattend.json", _json(run.manifest()))
+    staging.add_file("reattend.json", _json(run.manifest() | {"findings": findings}))
+    _declare(stage, stage.transform.edit_config(stage.source, statistics), staging)
+
+
+def _declare(stage: Stage, config: dict[str, Any], staging: Staging) -> None:
+    """Write last what makes the folder a checkpoint."""
     index = stage.layout.index()
     if index is not None:
         staging.add_file(INDEX, index)
     staging.add_file("config.json", _json(config))
+
+
+def read_findings(out: Path) -> list[dict[str, Any]]:
+    """Return what each step of the run that wrote `out` measured and chose."""
+    findings: list[dict[str, Any]] = json.loads((out / "reattend.json").read_text("utf-8"))["findings"]
+    return findings
 
 
 def _json(value: dict[str, Any]) -> bytes:
