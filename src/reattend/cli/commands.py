@@ -71,10 +71,10 @@ def _apply(recipe: Any, model: str, out: str, options: dict[str, Any]) -> None:
     summary = done.summary()
     keys = ("bytes_before", "bytes_after", "ratio", "remarks")
     findings = [found for found in read_findings(Path(out)) if found]
-    report: dict[str, Any] = {"out": out, "model": model, **{key: summary[key] for key in keys}}
+    shown: dict[str, Any] = {"out": out, "model": model, **{key: summary[key] for key in keys}}
     if findings:
-        report["findings"] = findings
-    show(report, as_json=as_json)
+        shown["findings"] = findings
+    show(shown, as_json=as_json)
 
 
 @click.command()
