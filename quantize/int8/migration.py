@@ -1,6 +1,6 @@
 """Smoothing of one layer: the factors that calibration finds, and the weights that take them up."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.calibration.layerwise import LayerPass
+from reattend.errors import Failure
 from reattend.families.rows import Feed
 from reattend.families.source import Source
 from reattend.quantize.int8.smoothing import best_factors, share
@@ -16,13 +17,14 @@ ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _ROWS = 2048  # tokens of the selection text that the search looks at: enough to rank, bounded in memory
 
 
-def layer_factors(layer: LayerPass, source: Source) -> dict[str, Tensor]:
-    """Return the factors s_I of every feed of a layer, by the producer's name, and the alphas chosen.
+def layer_factors(layer: LayerPass, source: Source, quantised: Container[str]) -> dict[str, Tensor]:
+    """Return the factors s_I of a layer's feeds, by the producer's name, and the alphas chosen.
 
-    Ranges come from the calibration text, alpha from the selection text.
+    Ranges come from the calibration text, alpha from the selection text, by the error of the consumers that are
+    `quantised` (names within the layer); a feed without one is left alone.
     """
-    feeds = source.family.feeds
-    watches = {feed: _Watch() for feed in feeds}
+    feeds = {feed: [name for name in feed.consumers if name in quantised] for feed in source.family.feeds}
+    watches = {feed: _Watch() for feed, consumers in feeds.items() if consumers}
     with ExitStack() as stack:
         for feed, watch in watches.items():
             module = layer.module.get_submodule(feed.consumers[0])
@@ -30,7 +32,11 @@ def layer_factors(layer: LayerPass, source: Source) -> dict[str, Tensor]:
         layer.run()
     found = {}
     for feed, watch in watches.items():
-        alpha, factors = _search(layer.module, feed, source, watch)
+        weights = [layer.module.get_parameter(f"{name}.weight").detach() for name in feeds[feed]]
+        try:
+            alpha, factors = _search(weights, feed, source, watch)
+        except ValueError as error:
+            raise Failure(f"layer {layer.index}, input of {feed.consumers[0]}: {error}") from error
         found[feed.producer] = factors.cpu()
         found[f"{feed.producer}.alpha"] = torch.tensor([alpha])
     return found
@@ -57,9 +63,8 @@ class _Watch:
         return watch
 
 
-def _search(layer: nn.Module, feed: Feed, source: Source, watch: _Watch) -> tuple[float, Tensor]:
+def _search(weights: list[Tensor], feed: Feed, source: Source, watch: _Watch) -> tuple[float, Tensor]:
     assert watch.absmax is not None
-    weights = [layer.get_parameter(f"{name}.weight").detach() for name in feed.consumers]
     absmax, weight_absmax = watch.absmax, torch.stack([w.abs().amax(0) for w in weights]).amax(0)
     if absmax.numel() != producer_rows(feed, source):
         heads = int(source.get("heads"))
@@ -75,19 +80,21 @@ def producer_rows(feed: Feed, source: Source) -> int:
     return source.size(linear[0]) if linear else source.size("hidden")
 
 
-def migrate(
-    tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor], prefix: str, source: Source
-) -> dict[str, Tensor]:
-    """Return a layer's tensors (any float dtype -> fp32) with every feed's s moved from producer to consumers.
+def migrate(name: str, tensor: Tensor, factors: Mapping[str, Tensor], source: Source) -> Tensor:
+    """Return a tensor of a layer (`name` within it, as `mlp.up_proj.weight`) with every feed's s moved; fp32.
 
-    `prefix` is the layer's, as `model.layers.3.`; tensors that no feed touches come back as they are.
+    What a feed produces is divided by its s, the columns that consume it are multiplied.
     """
-    moved = {name: tensor.float() for name, tensor in tensors.items()}
+    module, _, kind = name.rpartition(".")
+    moved = tensor.float()
     for feed in source.family.feeds:
+        if feed.producer not in factors:
+            continue
         s_I = factors[feed.producer]
-        for consumer in feed.consumers:
-            moved[f"{prefix}{consumer}.weight"] = moved[f"{prefix}{consumer}.weight"] * s_I
-        _divide(moved, feed, prefix, _per_row(s_I, feed, source), source)
+        if module in feed.consumers and kind == "weight":
+            moved = moved * s_I
+        if module == feed.producer:
+            moved = _divided(moved, feed, _per_row(s_I, feed, source), source)
     return moved
 
 
@@ -99,15 +106,11 @@ def _per_row(s_I: Tensor, feed: Feed, source: Source) -> Tensor:
     return s_I.reshape(source.num_kv_heads, -1, source.head_dim)[:, 0].reshape(rows)
 
 
-def _divide(moved: dict[str, Tensor], feed: Feed, prefix: str, s_R: Tensor, source: Source) -> None:
+def _divided(tensor: Tensor, feed: Feed, s_R: Tensor, source: Source) -> Tensor:
     start, stop = (source.size(symbol) for symbol in feed.rows) if feed.rows else (0, len(s_R))
-    for kind in ("weight", "bias"):
-        name = f"{prefix}{feed.producer}.{kind}"
-        if name not in moved:
-            continue
-        tensor = moved[name].clone()
-        tensor[start:stop] /= s_R.reshape(-1, *[1] * (tensor.ndim - 1))
-        moved[name] = tensor
+    divisor = tensor.new_ones(len(tensor))
+    divisor[start:stop] = s_R
+    return tensor / divisor.reshape(-1, *[1] * (tensor.ndim - 1))
 
 
 def layer_tensors(source: Source, prefix: str) -> list[str]:

@@ -6,6 +6,7 @@ the migration itself costs nothing and its lossless limit is bit for bit.
 Legend: N tokens, I input channels, O output channels.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -39,9 +40,10 @@ def w8a8_error(x_NI: Tensor, weights_OI: Iterable[Tensor], factors_I: Tensor) ->
     Per token, so that a token with huge activations counts as one token; a floor of a tenth of the median energy
     keeps silent tokens from dominating.
     """
+    x_NI = x_NI.float()  # squares of what fp16 holds overflow it
     error, energy = x_NI.new_zeros(len(x_NI)), x_NI.new_zeros(len(x_NI))
     smoothed = _simulate(x_NI / factors_I)
-    for weight_OI in weights_OI:
+    for weight_OI in (weight.float() for weight in weights_OI):
         exact = x_NI @ weight_OI.T
         error += (smoothed @ _simulate(weight_OI * factors_I).T - exact).square().sum(1)
         energy += exact.square().sum(1)
@@ -58,9 +60,14 @@ def _simulate(x: Tensor) -> Tensor:
 def best_factors(
     x_NI: Tensor, weights_OI: list[Tensor], absmax_I: Tensor, weight_absmax_I: Tensor, alphas: Iterable[float]
 ) -> tuple[float, Tensor]:
-    """Return (alpha, s_I) of the smallest `w8a8_error` on `x_NI`; alpha 0 stands for s = 1."""
+    """Return (alpha, s_I) of the smallest `w8a8_error` on `x_NI`; alpha 0 stands for s = 1.
+
+    Raises `ValueError` for NaN and inf in what was measured.
+    """
     ones = torch.ones_like(absmax_I, dtype=torch.float32)
     best = (w8a8_error(x_NI, weights_OI, ones), 0.0, ones)
+    if not (math.isfinite(best[0]) and bool(torch.isfinite(absmax_I).all())):
+        raise ValueError("activations hold NaN or inf")
     for alpha in alphas:
         factors = smoothing_factors(absmax_I, weight_absmax_I, alpha)
         error = w8a8_error(x_NI, weights_OI, factors)

@@ -87,10 +87,13 @@ class Int8(BaseModel):
         post_norm = not source.get("do_layer_norm_before") or source.get("activation_function") != "relu"
         if family.model_type == "opt" and post_norm:
             raise Refusal("int8: outliers: OPT can be smoothed with do_layer_norm_before and a ReLU only")
-        prefix = f"{source.prefix}{family.layer}.0."
-        for spec in (source.tensors[name] for name in layer_tensors(source, prefix)):
-            if spec.dtype not in ("F64", "F32", "F16", "BF16"):
-                raise Refusal(f"int8: outliers: tensor {spec.name!r} is {spec.dtype}, which can't be scaled")
+        for prefix in (self._prefix(source, layer) for layer in range(source.num_layers)):
+            for feed in family.feeds:
+                if f"{prefix}{feed.producer}.weight" not in source.tensors:
+                    raise Refusal(f"int8: outliers: {prefix}{feed.producer} has no weight that could be scaled")
+            for spec in (source.tensors[name] for name in layer_tensors(source, prefix)):
+                if spec.dtype not in ("F32", "F16", "BF16"):
+                    raise Refusal(f"int8: outliers: tensor {spec.name!r} is {spec.dtype}, which can't be scaled")
 
     def _remarks(self, source: Source) -> list[str]:
         remarks = [f"{source.family.head} is kept in 16 bit" + (" (tied)" if source.tied else "")]
@@ -116,7 +119,7 @@ class Int8(BaseModel):
         taken = {f"{module}.weight" for module in self._modules(source)}
         smoothed: set[str] = set()
         for layer in range(source.num_layers if self.outliers == "smooth" else 0):
-            prefix = f"{source.prefix}{source.family.layer}.{layer}."
+            prefix = self._prefix(source, layer)
             names = layer_tensors(source, prefix)
             smoothed |= set(names)
             yield Group(tuple(names), self._writes(source, names, taken), key=str(layer))
@@ -135,8 +138,14 @@ class Int8(BaseModel):
 
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
         """Find every layer's smoothing factors."""
+        modules = set(self._modules(source))
         for layer in passes():
-            statistics[str(layer.index)] = layer_factors(layer, source)
+            prefix = self._prefix(source, layer.index)
+            quantised = {module.removeprefix(prefix) for module in modules}
+            statistics[str(layer.index)] = layer_factors(layer, source, quantised)
+
+    def _prefix(self, source: Source, layer: int | str) -> str:
+        return f"{source.prefix}{source.family.layer}.{layer}."
 
     def apply(
         self,
@@ -146,15 +155,18 @@ class Int8(BaseModel):
         source: Source,
     ) -> dict[str, Tensor]:
         """Smooth the group if it is a layer; quantise the weights that are to be."""
-        weights = tensors
-        if group.key:
-            prefix = f"{source.prefix}{source.family.layer}.{group.key}."
-            weights = migrate(tensors, statistics[group.key], prefix, source)
         kept = {spec.name for spec in group.writes if spec == source.tensors.get(spec.name)}
-        written = {name: weights[name].to(tensors[name].dtype) for name in kept}
-        for name in set(group.reads) - kept:
-            codes, scale = quantize_channels(weights[name], tensors[name].dtype)
-            written |= layout_tensors(self._layout, source.tensors[name], codes, scale)
+        factors = statistics[group.key] if group.key else {}
+        prefix = self._prefix(source, group.key) if group.key else ""
+        written: dict[str, Tensor] = {}
+        for name in group.reads:  # one at a time: the fp32 copy of a single tensor is alive
+            tensor = tensors[name]
+            moved = migrate(name.removeprefix(prefix), tensor, factors, source) if factors else tensor
+            if name in kept:
+                written[name] = moved.to(tensor.dtype)
+            else:
+                codes, scale = quantize_channels(moved, tensor.dtype)
+                written |= layout_tensors(self._layout, source.tensors[name], codes, scale)
         return written
 
     def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:

@@ -94,3 +94,21 @@ def test_windows_of_two_lengths_are_refused(models):
     model = load(models("llama"), "llama")
     with pytest.raises(ValueError, match="one length"):
         next(layer_passes(model, FAMILIES["llama"], {"a": IDS["selection"], "b": IDS["selection"][:, :5]}))
+
+
+def test_a_layer_runs_once(models):
+    model = load(models("llama"), "llama")
+    current = next(layer_passes(model, FAMILIES["llama"], IDS))
+    current.run()
+    with pytest.raises(RuntimeError, match="layer 0 ran already"):
+        current.run()
+
+
+def test_an_offloaded_embedding_is_read_once(models, tmp_path):
+    model = load(models("llama"), "llama", device_map={"": "disk"}, offload_folder=tmp_path)
+    hook = model.model.embed_tokens._hf_hook
+    reads = []
+    original = hook.pre_forward
+    hook.pre_forward = lambda module, *a, **k: (reads.append(hook.offload), original(module, *a, **k))[1]
+    next(layer_passes(model, FAMILIES["llama"], IDS))
+    assert reads.count(True) == 1

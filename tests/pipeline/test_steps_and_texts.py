@@ -1,6 +1,7 @@
 """Recipes of several steps, and steps that calibrate: with transforms that only these tests know."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -144,6 +145,59 @@ def test_an_interrupted_run_keeps_its_statistics(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "undisturbed"]
 
 
+def test_of_three_steps_none_is_done_twice(tmp_path, monkeypatch):
+    steps = (Whiten(), Rescale(), Rescale(factor=0.25))
+    reattend.apply(recipe(*steps), demo.MODEL, tmp_path / "undisturbed")
+
+    whole = []
+
+    def stop(phase, done, total):
+        if phase == "rewriting" and len(whole) == 2:
+            raise Stopped
+        if phase == "rewriting" and done == total:
+            whole.append(done)
+
+    with pytest.raises(Stopped):
+        reattend.apply(recipe(*steps), demo.MODEL, tmp_path / "out", progress=stop)
+    assert (tmp_path / ".out.partial/work/model-2").exists()
+    monkeypatch.setattr(calibrating, "layer_passes", None)
+    phases = []
+    reattend.apply(recipe(*steps), demo.MODEL, tmp_path / "out", resume=True, progress=lambda *a: phases.append(a))
+    assert sum(done == total for phase, done, total in phases) == 1  # the third step alone was rewritten
+    for file in ("model.safetensors", "config.json", "reattend.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
+
+
+def test_a_failure_keeps_what_was_done_and_nothing_else(tmp_path, monkeypatch):
+    class Broken(Whiten, frozen=True):
+        def calibrate(self, source: Any, passes: Any, statistics: Any) -> None:
+            raise Failure("broken")
+
+    with pytest.raises(Failure):
+        reattend.apply(recipe(Broken()), demo.MODEL, tmp_path / "nothing")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(Failure):
+        reattend.apply(recipe(Rescale(), Broken()), demo.MODEL, tmp_path / "out")
+    assert (tmp_path / ".out.partial/work/model-1/config.json").exists()
+    monkeypatch.setattr(execution.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(Refusal, match="needs"):
+        reattend.apply(recipe(Rescale(), Broken()), demo.MODEL, tmp_path / "out", resume=True)
+    assert (tmp_path / ".out.partial/work/model-1/config.json").exists()
+
+
+def test_texts_of_an_earlier_run_are_remembered(tmp_path):
+    reattend.apply(recipe(Whiten()), demo.MODEL, tmp_path / "one")
+    reattend.apply(recipe(Rescale(), calibration=None), tmp_path / "one", tmp_path / "two")
+    with pytest.raises(Refusal, match="earlier calibration text"):
+        reattend.evaluate(tmp_path / "two", TEXT, window=64, windows=1)
+
+
+def test_a_text_that_no_step_uses_is_remarked_on():
+    assert any(
+        "calibration text is not used" in remark for remark in reattend.plan(recipe(Int8()), demo.MODEL).remarks
+    )
+
+
 def test_a_run_with_another_text_is_not_resumed(tmp_path):
     def stop(phase, done, total):
         raise Stopped
@@ -166,6 +220,7 @@ def test_texts_are_asked_for_and_held_apart(tmp_path, models):
         (recipe(both, selection=str(shared)), "calibration text"),
         (recipe(Whiten(), calibration=str(tmp_path / "absent.txt")), "absent.txt"),
         (recipe(Whiten(), windows=10**6), "1000000 are asked for"),
+        (recipe(Whiten(), window=513), "window: 513"),
         (recipe(Whiten(), calibration="dataset:"), "dataset:PATH"),
         (recipe(Whiten(), calibration="dataset:x?splt=train"), "dataset:PATH"),
     )

@@ -33,10 +33,15 @@ def test_error_is_zero_for_what_int8_holds_and_smoothing_helps_an_outlier():
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     x[:, 5] *= 100
     w = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
-    alpha, factors = best_factors(x, [w], x.abs().amax(0), w.abs().amax(0), [0.3, 0.5, 0.7])
-    assert alpha > 0
-    assert factors.argmax() == 5
-    assert w8a8_error(x, [w], factors) < 0.1 * w8a8_error(x, [w], torch.ones(32))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        narrow = x.to(dtype) * (100 if dtype == torch.float16 else 1)  # squares beyond what fp16 holds
+        alpha, factors = best_factors(narrow, [w.to(dtype)], narrow.abs().amax(0), w.abs().amax(0), [0.3, 0.5, 0.7])
+        assert alpha > 0, dtype
+        assert factors.argmax() == 5
+        assert w8a8_error(narrow, [w], factors) < 0.1 * w8a8_error(narrow, [w], torch.ones(32))
+    x[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        best_factors(x, [w], w.abs().amax(0), w.abs().amax(0), [0.3])
 
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt"]
@@ -67,7 +72,7 @@ def test_migration_alone_changes_no_bit_of_the_logits(models, family):
                 rows = rows.reshape(kv, 1, -1).expand(kv, rep, -1).reshape(-1)
             factors[feed.producer] = torch.exp2(rows.float())
         names = layer_tensors(source, prefix)
-        moved = migrate({name: state[name].clone() for name in names}, factors, prefix, source)
+        moved = {name: migrate(name.removeprefix(prefix), state[name], factors, source) for name in names}
         assert any(not torch.equal(moved[name], state[name]) for name in names)
         for name in names:
             state[name].copy_(moved[name])
@@ -119,6 +124,9 @@ def test_refusals(models):
         with pytest.raises(Refusal, match=message):
             Int8(outliers="smooth", **settings).check(source_of(open_checkpoint(models(family))))
     source = source_of(open_checkpoint(models("opt")))
+    del source.tensors["model.decoder.layers.1.final_layer_norm.weight"]
+    with pytest.raises(Refusal, match="final_layer_norm has no weight"):
+        Int8(outliers="smooth").check(source)
     source.config["activation_function"] = "gelu"
     with pytest.raises(Refusal, match="ReLU"):
         Int8(outliers="smooth").check(source)

@@ -41,7 +41,9 @@ class LayerPass:
         return output
 
     def run(self) -> None:
-        """Run the layer once on every window and replace `hidden` by its outputs: attach hooks before."""
+        """Run the layer on every window and replace `hidden` by its outputs, once: attach hooks before."""
+        if self._ran:
+            raise RuntimeError(f"layer {self.index} ran already: its inputs are gone")
         with torch.inference_mode():
             for name, states in self.hidden.items():
                 self.text = name
@@ -107,7 +109,8 @@ def _first_inputs(
     try:
         for i, recorder in enumerate(recorders):
             layers[i] = recorder
-        hidden = {name: _embed(model, recorders[0], ids) for name, ids in tokens.items()}
+        with _resident(_body(model), _input_device(model)):
+            hidden = {name: _embed(model, recorders[0], ids) for name, ids in tokens.items()}
     finally:
         for i, layer in enumerate(originals):
             layers[i] = layer

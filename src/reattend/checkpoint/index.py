@@ -13,6 +13,8 @@ from reattend.errors import Refusal
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MANIFEST = "reattend.json"
+RECIPE = "recipe.yaml"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".tflite", *PICKLES)
 
@@ -41,7 +43,7 @@ class Checkpoint:
     @property
     def sidecars(self) -> list[str]:
         """Files that are neither weights nor written anew: they are copied byte for byte."""
-        made = {"config.json", INDEX, SINGLE, "reattend.json", "recipe.yaml", *self.digests}
+        made = {"config.json", INDEX, SINGLE, MANIFEST, RECIPE, *self.digests}
         return [f for f in self.sizes if f not in made and f not in self.ignored]
 
 

@@ -1,7 +1,8 @@
 """Output that appears whole or not at all.
 
-Everything is written to a hidden folder beside the output; its journal names the groups whose bytes have
-reached the disk; the last act is one rename. A killed run leaves only that folder, for `--resume`.
+Everything is written to a folder inside a hidden folder beside the output; a journal names the groups whose
+bytes have reached the disk; the last act is one rename. A killed run leaves only the hidden folder, for
+`--resume`; what it had finished is never done again.
 """
 
 import fcntl
@@ -18,7 +19,8 @@ from reattend.checkpoint.index import SINGLE
 from reattend.errors import Refusal
 
 _SYNC_BYTES = 256 << 20  # how much work a power cut may cost
-_JOURNAL = "journal.jsonl"
+JOURNAL = "journal.jsonl"
+_REPLACED = "replaced"
 
 
 @dataclass(frozen=True)
@@ -59,65 +61,115 @@ def lay_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str], max_bytes:
 
 
 class Staging:
-    """The hidden folder, its lock and its journal. Use as a context manager."""
+    """The hidden folder `.OUT.partial`: the journal, which is also the lock; `out`, which becomes OUT; `work`.
+
+    Use as a context manager. The journal's last word is `finished`: after it only renames are left.
+    """
 
     def __init__(self, out: Path, key: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         self.out = out
         self.folder = out.parent / f".{out.name}.partial"
-        self.work = self.folder / "work"  # what a run needs on its way, gone from the output
+        self.files = self.folder / "out"
+        self.work = self.folder / "work"  # what a run needs on its way
         self._key = dict(key)
         self._resume = resume
         self._overwrite = overwrite
+        self._fresh = True
+        self._finished = False
         self.done: set[int] = set()
         self._shards: dict[str, int] = {}
         self._pending: list[int] = []
         self._unsynced = 0
 
     def __enter__(self) -> "Staging":
-        if self.out.exists() and not self._overwrite and not _empty(self.out):
-            raise Refusal(f"{self.out}: exists; pass --overwrite to replace it")
-        if self.folder.exists() and not self._resume:
-            if not self._overwrite:
-                raise Refusal(f"{self.out}: an interrupted run is there; pass --resume or --overwrite")
-            shutil.rmtree(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._open()
         except OSError as error:
-            raise Refusal(f"{self.out.parent}: cannot be written to ({error.strerror})") from error
-        self._journal = (self.folder / _JOURNAL).open("a+b")
-        self._lock()
-        self._recall()
+            raise Refusal(f"{self.out}: cannot be written to ({error.strerror})") from error
         return self
+
+    def _open(self) -> None:
+        present = self.folder.exists() or self.folder.is_symlink()
+        if present:
+            self._check_ours()
+        elif self.out.exists() and not self._overwrite and not _empty(self.out):
+            raise Refusal(f"{self.out}: exists; pass --overwrite to replace it")
+        self.folder.mkdir(exist_ok=True)
+        self._journal = (self.folder / JOURNAL).open("a+b")
+        try:
+            self._lock()
+            self._take_over(present)
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def _check_ours(self) -> None:
+        real = self.folder.is_dir() and not self.folder.is_symlink()
+        if not real or not (self.folder / JOURNAL).is_file():
+            raise Refusal(f"{self.folder}: is not ours; move it away")
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._journal.close()
-            raise Refusal(f"{self.out}: another run is writing it") from error
+            mine = os.fstat(self._journal.fileno()).st_ino == (self.folder / JOURNAL).stat().st_ino
+        except (BlockingIOError, FileNotFoundError):
+            mine = False  # held by a run, or gone with a run that has just finished
+        if not mine:
+            raise Refusal(f"{self.out}: another run is writing it")
 
-    def _recall(self) -> None:
+    def _take_over(self, present: bool) -> None:
+        """Go on with what an interrupted run left, or clear it away."""
+        lines = self._recall() if present and self._resume else []
+        if present and not self._resume and not self._overwrite:
+            raise Refusal(f"{self.out}: an interrupted run is there; pass --resume or --overwrite")
+        if lines and lines[0] != self._key:
+            other = "recipe, source, text, device or version"
+            raise Refusal(f"{self.out}: the interrupted run had another {other}; use --overwrite")
+        self._fresh = not lines
+        if not lines:
+            self._journal.truncate(0)
+            self._clear()
+            self._note(self._key)
+        self._finished = "finished" in lines
+        if not self._finished and self.out.exists() and not self._overwrite and not _empty(self.out):
+            raise Refusal(f"{self.out}: exists; pass --overwrite to replace it")
+        self.done = {group for line in lines[1:] if isinstance(line, list) for group in line}
+        for folder in () if self._finished else (self.files, self.work):
+            folder.mkdir(exist_ok=True)
+
+    def _recall(self) -> list[Any]:
         """Read the journal up to its last whole line; a torn line was never promised."""
         self._journal.seek(0)
         whole = self._journal.read().rpartition(b"\n")[0]
-        lines = whole.split(b"\n") if whole else []
         self._journal.truncate(len(whole) + 1 if whole else 0)
-        if lines and json.loads(lines[0]) != self._key:
-            self._journal.close()
-            raise Refusal(f"{self.out}: the interrupted run had another recipe, source or version; use --overwrite")
-        if not lines:
-            self._note(self._key)
-        self.done = {group for line in lines[1:] for group in json.loads(line)}
+        try:
+            return [json.loads(line) for line in whole.split(b"\n")] if whole else []
+        except ValueError as error:
+            raise Refusal(f"{self.folder / JOURNAL}: is damaged; use --overwrite") from error
+
+    def _clear(self) -> None:
+        for folder in (self.files, self.work, self.folder / _REPLACED):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _note(self, value: Any) -> None:
         self._journal.write(json.dumps(value).encode() + b"\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
+    @property
+    def finished(self) -> bool:
+        """Whether an interrupted run had written everything, so that `commit` is all that is left."""
+        return self._finished
+
+    @property
+    def holds_work(self) -> bool:
+        """Whether there is something in it that a resumed run would not have to do again."""
+        return not self._fresh or bool(self.done) or any(file.is_file() for file in self.work.rglob("*"))
+
     def open_shards(self, layout: Layout) -> None:
         """Open every shard at its full size, header written."""
         for file, header in layout.headers.items():
-            shard = os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o644)
+            shard = os.open(self.files / file, os.O_RDWR | os.O_CREAT, 0o644)
             _write_all(shard, memoryview(header), 0)
             self._shards[file] = shard
 
@@ -138,35 +190,38 @@ class Staging:
             os.fdatasync(shard)
         if self._pending:
             self._note(self._pending)
+        self.done.update(self._pending)
         self._pending, self._unsynced = [], 0
 
     def add_file(self, file: str, data: bytes) -> None:
-        """Write a whole small file."""
-        path = self.folder / file
+        """Write a whole small file of the output."""
+        path = self.files / file
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, data)
 
     def copy_file(self, source: Path, file: str) -> None:
         """Copy a sidecar byte for byte."""
-        path = self.folder / file
+        path = self.files / file
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
+        _sync_path(path)
 
     def commit(self) -> None:
         """Make the output appear, in place of an older one when overwriting."""
-        self.sync()
-        old = self.out.parent / f".{self.out.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.work, ignore_errors=True)
-        (self.folder / _JOURNAL).unlink()
-        if self.out.exists():
-            self.out.rename(old)
-        self.folder.rename(self.out)
-        _sync_folder(self.out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if not self._finished:
+            self.sync()
+            _sync_path(self.files)
+            self._note("finished")
+        if self.files.exists():  # else a run was killed between the last rename and the clearing
+            if self.out.exists():
+                self.out.rename(self.folder / _REPLACED)
+            self.files.rename(self.out)
+            _sync_path(self.out.parent)
+        self.discard()
 
     def discard(self) -> None:
-        """Remove everything that this run wrote."""
+        """Remove the folder, the journal last: until then the folder is known as ours."""
+        self._clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __exit__(self, *_: object) -> None:
@@ -195,7 +250,7 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _sync_folder(path: Path) -> None:
+def _sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

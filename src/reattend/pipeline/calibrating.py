@@ -9,13 +9,12 @@ from torch import Tensor
 
 from reattend.calibration.layerwise import LayerPass, layer_passes
 from reattend.calibration.tokens import sample_tokens
+from reattend.checkpoint.index import MANIFEST, Checkpoint, read_json
 from reattend.checkpoint.staging import Staging, write_whole
 from reattend.errors import Refusal
-from reattend.families.rows import Family
-from reattend.modeling.loading import load
+from reattend.modeling.loading import load, load_tokenizer
 from reattend.pipeline.planning import Plan, Stage
 from reattend.progress import Progress
-from reattend.recipes.schema import Recipe
 from reattend.texts.reading import Text, check_separate, read_text
 from reattend.transform import Passes, Statistics
 
@@ -66,12 +65,16 @@ class StoredStatistics(MutableMapping[str, dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration runs with: the recipe's settings and texts, the device, whom to tell."""
+    """What calibration runs with: texts and their tokens (windows, window) by purpose, device, whom to tell."""
 
-    recipe: Recipe
     texts: Mapping[str, Text]
+    tokens: Mapping[str, Tensor]
     device: str
     progress: Progress
+
+    def records(self) -> dict[str, Any]:
+        """Return what an output remembers of the texts, so that none of them is measured on."""
+        return {purpose: {"sha256": text.sha256} for purpose, text in self.texts.items()}
 
     def statistics(self, stage: Stage, model: Path, staging: Staging) -> Statistics:
         """Return a step's statistics on `model`, computing what the staging folder does not hold already."""
@@ -86,29 +89,42 @@ class Calibration:
     def _passes(self, stage: Stage, folder: Path) -> Passes:
         """Load the model once; each call of what is returned starts a pass over its layers."""
         # fp32 where it costs no speed: statistics are better, and few CPUs compute in 16 bit.
-        model, tokenizer = load(folder, dtype="float32" if self.device == "cpu" else "auto")
-        if tokenizer is None:
-            raise Refusal(f"{folder}: has no tokenizer, and calibration needs one")
-        family = stage.source.family
-        tokens = {purpose: self._tokens(purpose, tokenizer, family) for purpose in stage.transform.texts}
+        model, _ = load(folder, dtype="float32" if self.device.startswith("cpu") else "auto", device=self.device)
+        tokens = {purpose: self.tokens[purpose] for purpose in stage.transform.texts}
 
         def passes() -> Iterator[LayerPass]:
-            for current in layer_passes(model, family, tokens, self.device):
+            for current in layer_passes(model, stage.source.family, tokens, self.device):
                 yield current
                 self.progress("calibrating", current.index + 1, stage.source.num_layers)
 
         return passes
 
-    def _tokens(self, purpose: str, tokenizer: Any, family: Family) -> Tensor:
-        counts = {"calibration": self.recipe.windows, "selection": self.recipe.selection_windows}
-        return sample_tokens(
-            self.texts[purpose], tokenizer, windows=counts[purpose], window=self.recipe.window,
-            seed=self.recipe.seed, bos_each="bos_every_window" in family.features,
-        )  # fmt: skip
+
+def prepare(planned: Plan, device: str, progress: Progress) -> Calibration:
+    """Read and cut the texts that a plan needs, before anything is written.
+
+    Raises `Refusal` where a text is not named, is too short or shares content with another, or where the
+    model has no tokenizer.
+    """
+    texts = _texts(planned)
+    if not texts:
+        return Calibration({}, {}, device, progress)
+    folder, recipe = Path(planned.checkpoint.files.name), planned.recipe
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise Refusal(f"{folder}: has no tokenizer, and calibration needs one")
+    counts = {"calibration": recipe.windows, "selection": recipe.selection_windows}
+    tokens = {
+        purpose: sample_tokens(
+            text, tokenizer, windows=counts[purpose], window=recipe.window, seed=recipe.seed,
+            bos_each="bos_every_window" in planned.source.family.features,
+        )
+        for purpose, text in texts.items()
+    }  # fmt: skip
+    return Calibration(texts, tokens, device, progress)
 
 
-def check_texts(planned: Plan) -> dict[str, Text]:
-    """Read the texts that a plan needs. Raises `Refusal` where one is not named, or two share content."""
+def _texts(planned: Plan) -> dict[str, Text]:
     found = {}
     for purpose in planned.texts:
         source = getattr(planned.recipe, purpose)
@@ -117,3 +133,13 @@ def check_texts(planned: Plan) -> dict[str, Text]:
         found[purpose] = read_text(source)
     check_separate(found)
     return found
+
+
+def earlier_texts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the texts that the source itself was made with: what it learned from them is still in it."""
+    if MANIFEST not in checkpoint.sizes:
+        return {}
+    texts = read_json(checkpoint.files, checkpoint.sizes, MANIFEST).get("texts")
+    if not isinstance(texts, dict):
+        raise Refusal(f"{checkpoint.files.name}/{MANIFEST}: is damaged")
+    return {f"earlier {purpose}": record for purpose, record in texts.items()}

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import reattend
-from reattend.checkpoint.files import open_files
-from reattend.checkpoint.index import INDEX, fingerprint, open_checkpoint
+from reattend.checkpoint.files import LocalFolder, open_files
+from reattend.checkpoint.index import INDEX, MANIFEST, RECIPE, fingerprint, open_checkpoint
 from reattend.checkpoint.staging import Staging
 from reattend.errors import Failure, Refusal
 from reattend.modeling.loading import check_device
-from reattend.pipeline.calibrating import Calibration, check_texts
+from reattend.pipeline.calibrating import Calibration, earlier_texts, prepare
 from reattend.pipeline.planning import Plan, Stage, plan
-from reattend.pipeline.streaming import stream
+from reattend.pipeline.streaming import BadNumbersError, stream
 from reattend.progress import Progress, silent
 from reattend.recipes.schema import Recipe, dump_recipe
 
@@ -35,14 +35,14 @@ class _Run:
             "reattend": reattend.__version__,
             "recipe": self.plan.recipe.model_dump(mode="json"),
             "source": fingerprint(self.plan.checkpoint),
-            "texts": {purpose: text.sha256 for purpose, text in self.calibration.texts.items()},
+            "texts": earlier_texts(self.plan.checkpoint) | self.calibration.records(),
             "tolerance": self.plan.tolerance,
         }
 
     def key(self) -> dict[str, Any]:
-        """What must be the same for a run to be resumed; times of change catch weights edited meanwhile."""
-        folder = Path(self.plan.checkpoint.files.name)
-        times = {f: (folder / f).stat().st_mtime_ns for f in sorted(self.plan.checkpoint.digests)}
+        """What must be the same for a run to be resumed; times of change catch files edited meanwhile."""
+        folder, checkpoint = Path(self.plan.checkpoint.files.name), self.plan.checkpoint
+        times = {f: (folder / f).stat().st_mtime_ns for f in sorted([*checkpoint.digests, *checkpoint.sidecars])}
         headers = [hashlib.sha256(h).hexdigest() for s in self.plan.stages for h in s.layout.headers.values()]
         return {**self.manifest(), "times": times, "headers": headers, "device": self.calibration.device}
 
@@ -61,82 +61,98 @@ def apply(
 
     Calibration runs on `device`. `progress` is told source bytes ("rewriting") and layers ("calibrating").
     Raises `Refusal` before anything is written, or, for NaN and inf in the weights, after removing what was;
-    `Failure` when the disk fails, keeping the part for `resume`. The same inputs on the same kind of device
-    give the same bytes, interrupted or not.
+    `Failure` for what goes wrong on the way: then what was finished is kept for `resume`. The same inputs on the
+    same kind of device give the same bytes, interrupted or not.
     """
-    plan(recipe, model)  # what can't be done is refused before a Hub repository is downloaded
-    planned = plan(recipe, open_files(model).download())
-    texts = check_texts(planned)
-    if texts:
-        check_device(device)
-    run = _Run(planned, Calibration(planned.recipe, texts, device, progress), progress)
-    target = Path(os.path.abspath(out))
-    _check_place(planned, target)
+    check_device(device)
+    files = open_files(model)
+    if not isinstance(files, LocalFolder):
+        plan(recipe, model)  # what can't be done is refused before a Hub repository is downloaded
+    planned = plan(recipe, files.download())
+    run = _Run(planned, prepare(planned, device, progress), progress)
+    target = _target(planned, Path(out))
     with Staging(target, run.key(), resume=resume, overwrite=overwrite) as staging:
-        _check_space(planned, staging)
-        try:
-            _run_stages(run, staging)
-            staging.commit()
-        except Refusal:
-            staging.discard()
-            raise
-        except OSError as error:
-            kept = f"what was written is kept in {staging.folder} for --resume"
-            raise Failure(f"{target}: {error.strerror or error}; {kept}") from error
+        _run_or_clear(run, staging)
     return planned
 
 
-def _check_place(planned: Plan, out: Path) -> None:
+def _run_or_clear(run: _Run, staging: Staging) -> None:
+    """Run; on a failure keep what a resumed run could use, and nothing else."""
+    try:
+        if not staging.finished:
+            _check_space(run.plan, staging)
+            _run_stages(run, staging)
+        staging.commit()
+    except BadNumbersError:
+        staging.discard()
+        raise
+    except OSError as error:
+        kept = f"what was written is kept in {staging.folder} for --resume"
+        raise Failure(f"{staging.out}: {error.strerror or error}; {kept}") from error
+    except Exception:
+        if not staging.holds_work:
+            staging.discard()
+        raise
+
+
+def _target(planned: Plan, out: Path) -> Path:
+    """Return where the output goes, links followed. Raises `Refusal` for a place that can't take it."""
     inside = Path(planned.checkpoint.files.name).resolve()
-    if out.resolve() == inside or inside in out.resolve().parents:
-        raise Refusal(f"{out}: lies inside the input {inside}")
-    if out.resolve() in inside.parents:
-        raise Refusal(f"{out}: contains the input {inside}")
-    if out.exists() and not out.is_dir():
-        raise Refusal(f"{out}: is a file")
-    if not out.parent.is_dir():
-        raise Refusal(f"{out.parent}: no such folder")
-    if out.is_mount():
-        raise Refusal(f"{out}: is a mount point, which a finished output can't be renamed to; name a folder in it")
+    target = Path(os.path.realpath(out))
+    try:
+        if target.is_symlink():
+            raise Refusal(f"{out}: is a link that leads nowhere")
+        if target == inside or inside in target.parents:
+            raise Refusal(f"{out}: lies inside the input {inside}")
+        if target in inside.parents:
+            raise Refusal(f"{out}: contains the input {inside}")
+        if target.exists() and not target.is_dir():
+            raise Refusal(f"{out}: is a file")
+        if not target.parent.is_dir():
+            raise Refusal(f"{target.parent}: no such folder")
+        if target.is_mount():
+            raise Refusal(f"{out}: is a mount point, which an output can't be renamed to; name a folder in it")
+    except OSError as error:
+        raise Refusal(f"{out}: can't be written to ({error.strerror})") from error
+    return target
 
 
 def _check_space(planned: Plan, staging: Staging) -> None:
     present = sum(f.stat().st_blocks * 512 for f in staging.folder.rglob("*") if f.is_file())
     free = shutil.disk_usage(staging.folder).free
     if planned.disk_bytes > free + present:
-        if not staging.done:
-            staging.discard()
         raise Refusal(f"{staging.out}: needs {planned.disk_bytes} bytes, {free} are free")
 
 
 def _run_stages(run: _Run, staging: Staging) -> None:
-    """Run every step; all but the last leave an intermediate model in the work folder."""
+    """Run every step; all but the last leave an intermediate model in the work folder until the next is there."""
     folder = Path(run.plan.checkpoint.files.name)
-    staging.work.mkdir(exist_ok=True)
     *earlier, last = run.plan.stages
+    made = [staging.work / f"model-{number}" for number in range(1, len(earlier) + 1)]
+    done = max((number for number, model in enumerate(made, 1) if model.exists()), default=0)
     for number, stage in enumerate(earlier, 1):
-        made = staging.work / f"model-{number}"
-        if not made.exists():
-            with Staging(made, {"stage": number}, resume=True, overwrite=False) as inner:
+        if number > done:
+            with Staging(made[number - 1], {"stage": number}, resume=True, overwrite=False) as inner:
                 _run_stage(run, stage, folder, inner)
                 inner.commit()
-        if number > 1:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder = made
+        if number > 1 and folder.exists():
+            aside = folder.with_name(f"{folder.name}.done")  # a half-removed model must not look like one
+            folder.rename(aside)
+            shutil.rmtree(aside)
+        folder = made[number - 1]
     _run_stage(run, last, folder, staging)
 
 
 def _run_stage(run: _Run, stage: Stage, folder: Path, staging: Staging) -> None:
     checkpoint = run.plan.checkpoint if stage is run.plan.stages[0] else open_checkpoint(folder)
-    staging.work.mkdir(exist_ok=True)
     statistics = run.calibration.statistics(stage, folder, staging)
     stream(stage, checkpoint, statistics, staging, run.progress)
     for file in checkpoint.sidecars:
         staging.copy_file(Path(checkpoint.files.name) / file, file)
     findings = [] if stage is run.plan.stages[0] else read_findings(folder)
     findings.append(stage.transform.findings(statistics))
-    staging.add_file("recipe.yaml", dump_recipe(run.plan.recipe).encode())
-    staging.add_file("reattend.json", _json(run.manifest() | {"findings": findings}))
+    staging.add_file(RECIPE, dump_recipe(run.plan.recipe).encode())
+    staging.add_file(MANIFEST, _json(run.manifest() | {"findings": findings}))
     _declare(stage, stage.transform.edit_config(stage.source, statistics), staging)
 
 
@@ -150,7 +166,7 @@ def _declare(stage: Stage, config: dict[str, Any], staging: Staging) -> None:
 
 def read_findings(out: Path) -> list[dict[str, Any]]:
     """Return what each step of the run that wrote `out` measured and chose."""
-    findings: list[dict[str, Any]] = json.loads((out / "reattend.json").read_text("utf-8"))["findings"]
+    findings: list[dict[str, Any]] = json.loads((out / MANIFEST).read_text("utf-8"))["findings"]
     return findings
 
 

@@ -1,13 +1,15 @@
 """plan(): what a recipe would do to a checkpoint, from headers and config alone."""
 
+import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
 
 from reattend.checkpoint.header import BITS, TensorSpec
-from reattend.checkpoint.index import Checkpoint, open_checkpoint
+from reattend.checkpoint.index import RECIPE, Checkpoint, open_checkpoint
 from reattend.checkpoint.staging import Layout, lay_out
 from reattend.errors import Refusal
 from reattend.families.source import Source, describe, source_of
@@ -41,12 +43,13 @@ class Stage:
 
     @property
     def group_bytes(self) -> int:
-        """Bytes of the largest group, in and out."""
+        """Bytes of the largest group, in and out, with two fp32 copies of its largest tensor."""
         return max((self._bytes(group) for group in self.changed), default=0)
 
     def _bytes(self, group: Group) -> int:
-        reads = sum(self.source.tensors[name].nbytes for name in group.reads)
-        return reads + sum(spec.nbytes for spec in group.writes)
+        reads = [self.source.tensors[name] for name in group.reads]
+        copies = 8 * max(spec.numel for spec in reads)
+        return sum(spec.nbytes for spec in reads) + sum(spec.nbytes for spec in group.writes) + copies
 
     def is_copy(self, group: Group) -> bool:
         """Whether a group is one tensor kept as it is."""
@@ -96,8 +99,8 @@ class Plan:
 
     @property
     def tolerance(self) -> float:
-        """The relative L2 error of logits that `verify` allows: the steps' errors add at most."""
-        return sum(stage.transform.tolerance for stage in self.stages)
+        """The relative L2 error of logits that `verify` allows, were each step to use its own up: (1 + e) - 1."""
+        return math.prod(1 + stage.transform.tolerance for stage in self.stages) - 1
 
     @property
     def peak_bytes(self) -> int:
@@ -163,11 +166,33 @@ def plan(recipe: str | os.PathLike[str] | Recipe, model: str | os.PathLike[str])
     for number, step in enumerate(loaded.steps):
         if number:
             source, places = stages[-1].result, stages[-1].layout.places
-        stages.append(_stage(step, source, places, checkpoint.metadata, loaded.max_shard_bytes))
+        try:
+            stages.append(_stage(step, source, places, checkpoint.metadata, loaded.max_shard_bytes))
+        except Refusal as refusal:
+            if len(loaded.steps) == 1:
+                raise
+            raise Refusal(f"steps[{number}]: {refusal}") from refusal
     remarks = [remark for stage in stages for remark in stage.remarks]
+    planned = Plan(checkpoint, loaded, tuple(stages), tuple(remarks))
+    _check_window(planned)
+    return replace(planned, remarks=(*remarks, *_remarks(planned)))
+
+
+def _check_window(planned: Plan) -> None:
+    limit = planned.source.get("max_position_embeddings")
+    if planned.texts and limit and planned.recipe.window > limit:
+        raise Refusal(f"window: {planned.recipe.window} tokens, the model takes {limit}; set it in the recipe")
+
+
+def _remarks(planned: Plan) -> Iterator[str]:
+    checkpoint = planned.checkpoint
     if checkpoint.ignored:
-        remarks.append(f"not copied, as they hold other weights: {', '.join(checkpoint.ignored)}")
-    return Plan(checkpoint, loaded, tuple(stages), tuple(remarks))
+        yield f"not copied, as they hold other weights: {', '.join(checkpoint.ignored)}"
+    if RECIPE in checkpoint.sizes:
+        yield f"the source's {RECIPE} is replaced by this run's"
+    for purpose in ("calibration", "selection"):
+        if getattr(planned.recipe, purpose) and purpose not in planned.texts:
+            yield f"the {purpose} text is not used: no step needs it"
 
 
 def _stage(

@@ -13,6 +13,10 @@ from reattend.progress import Progress
 from reattend.transform import Group, Statistics
 
 
+class BadNumbersError(Refusal):
+    """The weights hold NaN or inf, which only reading all of them can tell."""
+
+
 def stream(
     stage: Stage, checkpoint: Checkpoint, statistics: Statistics, staging: Staging, progress: Progress
 ) -> None:
@@ -39,7 +43,7 @@ def _copy(stage: Stage, checkpoint: Checkpoint, group: Group, reader: ShardReade
     file, start = stage.layout.places[stored.spec.name]
     for offset, block in reader.blocks(stored):
         if not all_finite(block, stored.spec.dtype):
-            raise Refusal(f"{stored.file}: tensor {stored.spec.name!r} holds NaN or inf")
+            raise BadNumbersError(f"{stored.file}: tensor {stored.spec.name!r} holds NaN or inf")
         staging.write(file, bytes_view(block), start + offset)
 
 
@@ -60,6 +64,6 @@ def _rewrite(
         assert len(data) == spec.nbytes, spec
         # A NaN or inf that goes in comes out in some float: so only what is written needs the look.
         if not all_finite(torch.frombuffer(data, dtype=torch.uint8), spec.dtype):
-            raise Refusal(f"tensors {', '.join(group.reads)}: hold NaN or inf")
+            raise BadNumbersError(f"tensors {', '.join(group.reads)}: hold NaN or inf")
         file, start = stage.layout.places[spec.name]
         staging.write(file, data, start)
