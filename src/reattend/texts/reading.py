@@ -2,15 +2,18 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 from reattend.errors import Failure, Refusal, first_line
+from reattend.texts.shingles import Fingerprint, fingerprint_of, overlap
 
 DATASET = "dataset:"
-_LONG_LINE = 200  # characters; shorter lines (headings, list items) recur between unrelated texts
+__all__ = ["Text", "check_separate", "fingerprint", "overlap", "read_text"]
 _DATASET_KEYS = {"name": "", "split": "train", "column": "text"}
 
 
@@ -33,13 +36,15 @@ def read_text(source: str | os.PathLike[str]) -> Text:
     Rows of a dataset are joined by blank lines. Raises `Refusal` for what can't be read as text.
     """
     name = os.fspath(source)
+    if not name:
+        raise Refusal("the name of a text is empty: expected a file, or dataset:PATH")
     content = _read_dataset(name) if name.startswith(DATASET) else _read_file(Path(source))
     return Text(name, content)
 
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except OSError as error:
         raise Refusal(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -47,28 +52,71 @@ def _read_file(path: Path) -> str:
 
 
 def _read_dataset(name: str) -> str:
-    path, _, query = name.removeprefix(DATASET).partition("?")
-    options = _DATASET_KEYS | dict(parse_qsl(query))
-    if not path or set(options) != set(_DATASET_KEYS):
-        raise Refusal(f"{name}: expected {DATASET}PATH?name=CONFIG&split=train&column=text")
+    path, options = _dataset_options(name)
     try:
         import datasets
     except ImportError as error:
         raise Refusal(f"{name}: datasets is not installed: pip install datasets") from error
     try:
         rows = datasets.load_dataset(path, options["name"] or None, split=options["split"])
-        values = rows[options["column"]]
-        return "\n\n".join(values)
     except Exception as error:  # loading scripts, parsers and the network raise anything
-        raise Failure(f"{name}: datasets can't read it: {first_line(error)}") from error
+        kind = Refusal if _is_mistake(error) else Failure
+        raise kind(f"{name}: datasets can't read it: {_reason(error)}") from error
+    return _column(name, rows, options["column"])
+
+
+def _dataset_options(name: str) -> tuple[str, dict[str, str]]:
+    expected = f"expected {DATASET}PATH?name=CONFIG&split=train&column=text"
+    path, asks, query = name.removeprefix(DATASET).partition("?")
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if asks else []
+    except ValueError as error:
+        raise Refusal(f"{name}: {query!r} can't be read; {expected}") from error
+    for key, times in Counter(key for key, _ in pairs).items():
+        if key not in _DATASET_KEYS:
+            raise Refusal(f"{name}: unknown {key!r}; {expected}")
+        if times > 1:
+            raise Refusal(f"{name}: {key!r} is given {times} times; {expected}")
+    for key, value in pairs:
+        if not value and key != "name":
+            raise Refusal(f"{name}: {key!r} is empty; {expected}")
+    if not path:
+        raise Refusal(f"{name}: names no dataset; {expected}")
+    return path, _DATASET_KEYS | dict(pairs)
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Tell what the user can mend (a path, a configuration, a split) from what went wrong elsewhere."""
+    return isinstance(error, FileNotFoundError) or str(error).startswith(("Unknown split", "BuilderConfig"))
+
+
+def _reason(error: Exception) -> str:
+    """Return a message, with the cause's: datasets' own may be that an error occurred."""
+    cause = error.__cause__
+    return f"{first_line(error)}: {first_line(cause)}" if isinstance(cause, Exception) else first_line(error)
+
+
+def _column(name: str, rows: Any, column: str) -> str:
+    names = getattr(rows, "column_names", None) or []
+    if column not in names:
+        raise Refusal(f"{name}: has no column {column!r}; its columns are {', '.join(map(str, names))}")
+    try:
+        return "\n\n".join(rows[column])
+    except TypeError as error:
+        raise Refusal(f"{name}: column {column!r} does not hold text in every row") from error
+
+
+def fingerprint(text: Text | str) -> Fingerprint:
+    """Return what later tells whether another text shares content with this one: see `overlap`."""
+    return fingerprint_of(text if isinstance(text, str) else text.content)
 
 
 def check_separate(texts: Mapping[str, Text]) -> None:
-    """Refuse texts of different purposes that share a line of 200 characters or more, or are the same."""
-    seen: dict[str, str] = {}
+    """Refuse texts of different purposes that share text, however it is wrapped, spaced or capitalised."""
+    seen: dict[str, Fingerprint] = {}
     for purpose, text in texts.items():
-        lines = {line for line in text.content.splitlines() if len(line) >= _LONG_LINE} | {text.content}
-        for line in lines:
-            if line in seen:
-                raise Refusal(f"{text.name}: shares text with the {seen[line]} text, and must be another one")
-        seen |= dict.fromkeys(lines, purpose)
+        found = fingerprint(text)
+        for other, known in seen.items():
+            if overlap(found, known):
+                raise Refusal(f"{text.name}: shares text with the {other} text, and must be another one")
+        seen[purpose] = found
