@@ -21,7 +21,7 @@ from reattend.convert.mla.rotation import Components, rotate_heads
 from reattend.convert.mla.selection import RopePart, assign_slots, common_list, drop_cost, slot_gain
 from reattend.convert.mla.statistics import LayerMoments, MomentAccumulator, TokenMoments, mean_phase
 
-_PARTS = ("plain", "attended", "averaged")
+_PARTS = ("plain", "attended")
 
 
 def gather_moments(layer: LayerPass, geometry: Geometry, tokens: int) -> dict[str, Tensor]:
@@ -56,8 +56,8 @@ def store_moments(moments: LayerMoments) -> dict[str, Tensor]:
 
 def read_moments(stored: Mapping[str, Tensor]) -> LayerMoments:
     """Undo `store_moments`."""
-    plain, attended, averaged = (TokenMoments(stored[f"{n}.second"], stored[f"{n}.mean"]) for n in _PARTS)
-    return LayerMoments(plain, attended, averaged, stored["query"], stored["distance"])
+    plain, attended = (TokenMoments(stored[f"{n}.second"], stored[f"{n}.mean"]) for n in _PARTS)
+    return LayerMoments(plain, attended, stored["query"], stored["distance"])
 
 
 def components_of(moments: LayerMoments) -> Components:

@@ -1,9 +1,9 @@
 """Second moments of queries, keys and values that the closed form needs, streamed.
 
-Three averages over key/value tokens z = [k; v] are kept: over tokens alike; over tokens weighted by the
-attention mass that they receive; and of the attention-averaged z, one per query token and head. Without the
-second the sink token, on which most rows put most of their mass, is one token among thousands, and its
-score error ruins every row. Nothing per token is stored: memory is O((2 G D)^2) per layer.
+Two averages over key/value tokens z = [k; v] are kept: over tokens alike, and over tokens weighted by the
+attention mass that they receive. Without the second the sink token, on which most rows put most of their
+mass, is one token among thousands, and its score error ruins every row. Nothing per token is stored: memory
+is O((2 G D)^2) per layer.
 
 Legend: T tokens of one sequence, H query heads, G KV heads, D head dim, Z = 2 G D (keys, then values), F = D / 2.
 """
@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 from reattend.convert.mla.rope import Rotary, angles, rotate_halves
-
-# Every fourth query row is sample enough for the attention-averaged moment, the dearest of the three.
-_AVERAGED_STRIDE = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,6 @@ class LayerMoments:
 
     plain: TokenMoments
     attended: TokenMoments
-    averaged: TokenMoments
     query_HDD: Tensor
     distance_T: Tensor
 
@@ -59,40 +55,35 @@ class MomentAccumulator:
         self._rotary, self._scale, self._tokens = rotary, scale, 0
         self._query = torch.zeros(num_heads, head_dim, head_dim, dtype=torch.float64)
         self._distance = torch.zeros(max_tokens, dtype=torch.float64)
-        self._second = torch.zeros(3, width, width, dtype=torch.float64)
-        self._mean = torch.zeros(3, width, dtype=torch.float64)
+        self._second = torch.zeros(2, width, width, dtype=torch.float64)
+        self._mean = torch.zeros(2, width, dtype=torch.float64)
 
     def add(self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> None:
         """Add one causal sequence from position 0: pre-RoPE projections, fp32 or wider."""
         z_TZ = torch.cat([k_TGD.flatten(1), v_TGD.flatten(1)], 1)
-        mass_T, averaged_HTZ = self._attend(q_THD, k_TGD, z_TZ)
+        mass_T = self._attend(q_THD, k_TGD)
         heads = q_THD.shape[1]
         self._tokens += len(z_TZ)
         self._query += torch.einsum("thd,the->hde", q_THD, q_THD).double()
         for slot, (left, right) in enumerate(((z_TZ, z_TZ), (z_TZ * mass_T[:, None] / heads, z_TZ))):
             self._second[slot] += (left.T @ right).double()
             self._mean[slot] += left.double().sum(0)
-        flat = averaged_HTZ.flatten(0, 1)
-        weight = len(z_TZ) / len(flat)
-        self._second[2] += (flat.T @ flat).double() * weight
-        self._mean[2] += flat.double().sum(0) * weight
 
-    def _attend(self, q_THD: Tensor, k_TGD: Tensor, z_TZ: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each key token's mass over all heads (T,), and sum_u a_tu z_u of some rows t, (H, t, Z)."""
+    def _attend(self, q_THD: Tensor, k_TGD: Tensor) -> Tensor:
+        """Return each key token's mass over all heads (T,); count attention by distance."""
         tokens, heads = q_THD.shape[:2]
         positions = torch.arange(tokens)
         angle_TF = angles(self._rotary.at_length(tokens), positions)
         q_HTD = rotate_halves(q_THD.transpose(0, 1), angle_TF) * (self._scale * self._rotary.factor**2)
         k_GTD = rotate_halves(k_TGD.transpose(0, 1), angle_TF)
         lag_TT = positions[:, None] - positions[None]
-        mass_T, averaged = torch.zeros(tokens, dtype=q_THD.dtype), []
+        mass_T = torch.zeros(tokens, dtype=q_THD.dtype)
         for head in range(heads):
             score_TT = q_HTD[head] @ k_GTD[head // (heads // len(k_GTD))].T
             p_TT = score_TT.masked_fill(lag_TT < 0, -torch.inf).softmax(-1)
             mass_T += p_TT.sum(0)
-            averaged.append(p_TT[::_AVERAGED_STRIDE] @ z_TZ)
             self._distance[:tokens] += sum_by_distance(p_TT).double()
-        return mass_T, torch.stack(averaged)
+        return mass_T
 
     def result(self) -> LayerMoments:
         """Return the moments per token; raises `ValueError` when nothing was added."""
@@ -100,9 +91,7 @@ class MomentAccumulator:
             raise ValueError("no sequence was added")
         second, mean = self._second / self._tokens, self._mean / self._tokens
         parts = [TokenMoments((s + s.T) / 2, m) for s, m in zip(second, mean, strict=True)]
-        return LayerMoments(
-            parts[0], parts[1], parts[2], self._query / self._tokens, self._distance / self._distance.sum()
-        )
+        return LayerMoments(parts[0], parts[1], self._query / self._tokens, self._distance / self._distance.sum())
 
 
 def sum_by_distance(p_TT: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def test_steps_run_in_order_on_what_the_one_before_wrote(tmp_path):
     assert together.keys() == apart.keys()
     assert all(torch.equal(together[name], apart[name]) for name in together)
     assert json.loads((tmp_path / "all/config.json").read_text())["rescaled"] == 2
-    assert planned.tolerance == Int8().tolerance
+    assert planned.tolerance == pytest.approx(Int8().tolerance)
     assert execution.read_findings(tmp_path / "all") == [{"seen": []}, {"seen": []}, {}]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["all", "one", "two"]
     assert not (tmp_path / "all/work").exists()
