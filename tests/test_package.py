@@ -27,7 +27,7 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "families": {"checkpoint", "errors"},
     "transform": {"checkpoint", "families"},
-    "modeling": {"errors"},
+    "modeling": {"checkpoint", "errors", "kernels"},
     "evaluation": {"checkpoint", "errors", "families", "modeling"},
     "kernels": set(),
     "convert": {"checkpoint", "families", "transform", "errors", "convert"},

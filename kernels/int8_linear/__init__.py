@@ -80,8 +80,17 @@ def _check_options(activations: str, outliers: Outliers | None, threshold: float
         raise ValueError("int8_linear: outliers (static) and threshold (dynamic) exclude each other")
     if outliers is not None and outliers.weight.shape != (len(codes), len(outliers.columns)):
         raise ValueError("int8_linear: the outlier weight must be (outputs, number of columns)")
+    if outliers is not None and not _inside(outliers.columns, codes.shape[1]):
+        raise ValueError(f"int8_linear: outlier columns reach outside of {codes.shape[1]} inputs")
     if threshold is not None and not threshold > 0:
         raise ValueError(f"int8_linear: threshold={threshold} is not positive")
+
+
+def _inside(columns: Tensor, inputs: int) -> bool:
+    """Whether columns (ascending) lie in [0, inputs); on a GPU the kernel's owner vouches, as this would sync."""
+    if columns.is_cuda or not len(columns):
+        return True
+    return columns.dtype == torch.int64 and int(columns[0]) >= 0 and int(columns[-1]) < inputs
 
 
 def _choose(backend: str, x_MI: Tensor) -> Any:

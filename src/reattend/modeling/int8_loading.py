@@ -43,6 +43,9 @@ def load_int8(
     reader = ShardReader(checkpoint.files.path)
     try:
         layers = dict(_layers(checkpoint, reader, options, outliers or {}))
+        unknown = [name for name in outliers or {} if name not in layers]
+        if unknown:
+            raise Refusal(f"outliers: {unknown[0]!r} is no int8 layer of {path}")
         replace_linears(model, layers)
         _fill(model, checkpoint, reader, layers)
     finally:
