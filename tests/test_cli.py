@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from reattend import demo
@@ -52,7 +53,7 @@ def test_inspect_and_plan_as_json():
     )
     assert looked["cache_bytes_per_token"] == 5 * 2 * 2 * 32 * 2
     planned = json.loads(run("plan", "int8", demo.MODEL, "--json").stdout)
-    assert planned["tensors_rewritten"] == 5 * 7
+    assert planned["steps"][0]["tensors_rewritten"] == 5 * 7
     assert planned["bytes_before"] == looked["bytes"]
 
 
@@ -75,8 +76,29 @@ def test_demo(tmp_path):
     assert report["bytes_after"] < 0.62 * report["bytes_before"]
 
 
+@pytest.mark.parametrize("recipe", ["int8", "int8-bitsandbytes"])
+def test_other_libraries_keep_off_the_terminal(tmp_path, recipe):
+    out, measure = tmp_path / "out", ("--text", demo.EVAL_TEXT, "--window", "64", "--windows", "1")
+    calls = {
+        "rewriting: ": ("apply", recipe, demo.MODEL, out),
+        "logits were not compared": ("verify", out),
+        "evaluating: ": ("eval", out, "--against", demo.MODEL, *measure),
+    }
+    for ours, arguments in calls.items():
+        done = run(*arguments)
+        assert done.returncode == 0, done.stderr
+        lines = done.stderr.splitlines()
+        assert lines, arguments
+        assert all(line.startswith(ours) for line in lines), done.stderr
+
+
 def test_recipes(tmp_path):
-    assert set(json.loads(run("recipes", "list", "--json").stdout)) == {"int8", "int8-bitsandbytes"}
+    assert set(json.loads(run("recipes", "list", "--json").stdout)) == {
+        "int8",
+        "int8-bitsandbytes",
+        "int8-smooth",
+        "int8-weights",
+    }
     assert run("recipes", "copy", "int8", tmp_path / "r.yaml").returncode == 0
     assert run("recipes", "copy", "int8", tmp_path / "r.yaml").returncode == 2
     assert (tmp_path / "r.yaml").read_text() == run("recipes", "show", "int8").stdout

@@ -1,80 +1,142 @@
-"""`plan` on a Hub id: the real client against a small server on this machine, headers only."""
+"""Commands on a Hub id: the real client against a small server on this machine."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from hub_server import serving
 from reattend import demo
 
 REATTEND = Path(sys.executable).with_name("reattend")
+# What is no part of the checkpoint, and what only looks as if it were not.
+IGNORED = (
+    "pytorch_model.bin",
+    "demo-q4.gguf",
+    "consolidated.safetensors",
+    "original/demo.00.pth",
+    "onnx/demo.onnx_data",
+)
+ODD = ("README.md", "notes [1].txt", "notes/extra*.txt")
 
 
 @pytest.fixture
-def hub():
-    """Serve the demo model as org/demo; `server.sent` counts bytes per file."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            path = self.path.partition("?")[0]
-            if path == "/api/models/org/demo/tree/main":
-                files = [f for f in demo.MODEL.iterdir() if f.is_file()]
-                entries = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
-                self.answer(200, json.dumps(entries).encode())
-            elif path.startswith("/org/demo/resolve/main/"):
-                self.answer_range(path.rsplit("/", 1)[1])
-            else:
-                self.answer(404, b"{}")
-
-        def answer_range(self, name):
-            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-            data = (demo.MODEL / name).read_bytes()[first : last + 1]
-            server.sent[name] = server.sent.get(name, 0) + len(data)
-            self.answer(206, data)
-
-        def answer(self, status, data):
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.sent = {}
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hub(tmp_path):
+    folder = shutil.copytree(demo.MODEL, tmp_path / "hub")
+    for name in (*IGNORED, *ODD):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(name.encode() * 100)
+    with serving(folder) as server:
+        yield server
 
 
-def plan(hub, name):
+@pytest.fixture
+def environment(hub, tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
-    command = [REATTEND, "plan", "int8", name, "--json"]
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    own = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}  # a cache of its own
+    return env | own | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
 
 
-def test_a_remote_plan_equals_the_local_one_and_reads_headers_only(hub):
-    remote = plan(hub, "org/demo")
+@pytest.fixture
+def run(environment):
+    def call(*arguments):
+        command = [REATTEND, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
+
+    return call
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def check_one_line(done, start, code=1):
+    assert done.returncode == code, done
+    assert done.stderr.startswith(f"reattend: error: {start}")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("command", [("plan", "int8"), ("inspect",)], ids=["plan", "inspect"])
+def test_reading_a_repository_equals_reading_a_folder_and_needs_headers_only(hub, run, command):
+    remote = run(*command, "org/demo", "--json")
     assert remote.returncode == 0, remote.stderr
-    local = json.loads(plan(hub, str(demo.MODEL)).stdout)
+    local = json.loads(run(*command, hub.folder, "--json").stdout)
     assert json.loads(remote.stdout) == local | {"model": "org/demo"}
     assert hub.sent["model.safetensors"] < 10_000
     assert set(hub.sent) == {"model.safetensors", "config.json"}
 
 
-def test_an_unknown_repository_is_one_line(hub):
-    done = plan(hub, "org/absent")
-    assert done.returncode == 1
-    assert done.stderr.startswith("reattend: error: org/absent: ")
-    assert done.stderr.count("\n") == 1
+def test_applied_to_a_repository_the_output_is_that_of_the_folder(hub, run, tmp_path):
+    remote = run("apply", "int8", "org/demo", tmp_path / "remote")
+    assert remote.returncode == 0, remote.stderr
+    assert run("apply", "int8", hub.folder, tmp_path / "local").returncode == 0
+    written = contents(tmp_path / "remote")
+    assert written == contents(tmp_path / "local")
+    assert set(ODD) < set(written)
+    assert not set(IGNORED) & (set(hub.sent) | set(written))
+    assert hub.whole["model.safetensors"] == 1
+    assert all(line.startswith("rewriting: ") for line in remote.stderr.splitlines())
+    checked = run("verify", tmp_path / "remote", "--against", "org/demo", "--json")
+    assert json.loads(checked.stdout)["problems"] == []
+
+
+def test_evaluating_a_repository_equals_evaluating_the_folder(hub, run):
+    def measured(model):
+        flags = ("--window", "64", "--windows", "1", "--dtype", "float32", "--json")
+        done = run("eval", model, "--text", demo.EVAL_TEXT, *flags)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert measured("org/demo") == measured(hub.folder) | {"model": "org/demo"}
+    assert not set(IGNORED) & set(hub.sent)
+
+
+def test_a_failing_download_is_one_line_and_leaves_nothing(hub, run, tmp_path):
+    hub.broken.add("model.safetensors")
+    (tmp_path / "place").mkdir()
+    check_one_line(run("apply", "int8", "org/demo", tmp_path / "place" / "out"), "org/demo: cannot be downloaded: ")
+    assert not list((tmp_path / "place").iterdir())
+    # The next run takes up what was downloaded.
+    hub.broken.clear()
+    assert run("apply", "int8", "org/demo", tmp_path / "place" / "out").returncode == 0
+    assert hub.whole["tokenizer.json"] == 1
+
+
+def test_an_unsound_repository_is_refused_before_its_weights_are_downloaded(hub, run, tmp_path):
+    path = hub.folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    check_one_line(run("apply", "int8", "org/demo", tmp_path / "out"), "model.safetensors: truncated", code=2)
+    assert not hub.whole
+
+
+@pytest.mark.parametrize("command", [("plan", "int8"), ("inspect",), ("apply", "int8")], ids=lambda c: c[0])
+def test_an_unknown_repository_is_one_line(run, tmp_path, command):
+    out = [tmp_path / "out"] if command[0] == "apply" else []
+    check_one_line(run(*command, "org/absent", *out), "org/absent: ")
+
+
+def test_a_busy_hub_is_asked_again_without_a_word(hub, run):
+    hub.busy = 1
+    done = run("inspect", "org/demo")
+    assert done.returncode == 0, done.stderr
+    assert not hub.busy
+    assert not done.stderr
+
+
+def test_no_connection_is_a_failure_that_names_the_file(hub, environment):
+    hub.server_close()
+    code = "from reattend.checkpoint.files import HubRepository as H; H('org/demo').read('config.json', 0, 9)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("reattend.errors.Failure: org/demo/config.json: cannot be read: ")
+    assert "refused" in last
+
+
+def test_offline_a_hub_id_is_one_line(run, environment):
+    environment["HF_HUB_OFFLINE"] = "1"
+    check_one_line(run("inspect", "org/demo"), "org/demo: no such folder here, and the Hub answers: ")

@@ -23,18 +23,31 @@ FOLDERS = {
 # package -> what of ours it may import
 ALLOWED = {
     "errors": set(),
+    "progress": set(),
     "demo": set(),
     "checkpoint": {"errors"},
     "families": {"checkpoint", "errors"},
-    "transform": {"checkpoint", "families"},
+    "transform": {"calibration", "checkpoint", "families"},
+    "texts": {"errors"},
     "modeling": {"checkpoint", "errors", "kernels"},
-    "evaluation": {"checkpoint", "errors", "families", "modeling"},
+    "calibration": {"errors", "families", "texts"},
+    "evaluation": {"checkpoint", "errors", "families", "modeling", "progress", "texts"},
     "kernels": set(),
-    "convert": {"checkpoint", "families", "transform", "errors", "convert"},
-    "quantize": {"checkpoint", "families", "transform", "errors", "quantize"},
-    "recipes": {"errors", "recipes"},
-    "pipeline": {"checkpoint", "errors", "families", "modeling", "pipeline", "recipes", "transform"},
-    "cli": {"cli", "demo", "errors", "pipeline", "recipes"},
+    "convert": {"calibration", "checkpoint", "convert", "errors", "families", "transform"},
+    "quantize": {"calibration", "checkpoint", "errors", "families", "quantize", "transform"},
+    "recipes": {"errors"},
+    "pipeline": {
+        "calibration",
+        "checkpoint",
+        "errors",
+        "families",
+        "modeling",
+        "progress",
+        "recipes",
+        "texts",
+        "transform",
+    },
+    "cli": {"demo", "errors", "pipeline", "progress", "recipes"},
 }
 
 

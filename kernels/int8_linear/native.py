@@ -78,8 +78,9 @@ def _build(compiler: str, source: bytes, folder: Path) -> Path:
     code.write_bytes(source)
     # Torch's own OpenMP library: a second one would start threads that fight torch's for the cores.
     lib = Path(torch.__file__).parent
-    openmp = [*lib.glob("lib/libgomp*.so*"), *lib.parent.glob("torch.libs/libgomp*.so*")][:1] or ["-lgomp"]
-    for command in ((*_FLAGS, "-c", code, "-o", unit), ("-shared", unit, *openmp, "-lm", "-o", library)):
+    found = [*lib.glob("lib/libgomp*.so*"), *lib.parent.glob("torch.libs/libgomp*.so*")]
+    openmp = str(found[0]) if found else "-lgomp"
+    for command in ((*_FLAGS, "-c", code, "-o", unit), ("-shared", unit, openmp, "-lm", "-o", library)):
         subprocess.run([compiler, *map(str, command)], check=True, capture_output=True, text=True)
     return library
 

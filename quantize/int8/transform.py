@@ -4,18 +4,19 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from reattend.checkpoint.header import TensorSpec
 from reattend.errors import Refusal
 from reattend.families import Source
-from reattend.quantize.int8.formulas import CODE_MAX, quantize_channels
-from reattend.transform import Group
+from reattend.quantize.int8.formats import Format, document, specs
+from reattend.quantize.int8.formats import tensors as layout_tensors
+from reattend.quantize.int8.formulas import quantize_channels
+from reattend.quantize.int8.migration import layer_factors, layer_tensors, migrate
+from reattend.transform import Group, Passes
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-_TORCH = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
 # A 2-D weight with one of these last names is looked up, never multiplied: no linear layer.
 _LOOKUPS = (
     "embed_tokens",
@@ -35,16 +36,26 @@ class Int8(BaseModel):
     format: Literal["compressed-tensors", "bitsandbytes"] = Field(
         "compressed-tensors", description="layout of the output"
     )
+    activations: Literal["int8", "none"] = Field(
+        "int8", description="int8: quantised per token at run time; none: left in 16 bit (W8A16)"
+    )
+    outliers: Literal["none", "smooth"] = Field(
+        "none",
+        description="smooth: move activation outliers into the weights (needs calibration and selection texts)",
+    )
     select: tuple[str, ...] = Field(("*",), description="linear layers to quantise")
     keep: tuple[str, ...] = Field((), description="linear layers to leave in 16 bit")
 
     @property
     def tolerance(self) -> float:
-        """Relative L2 of logits: loaders of both formats quantise activations, where a few are huge."""
-        return 0.2
+        """Relative L2 of logits: int8 activations cost most, as a few of them are huge."""
+        return 0.2 if self.activations == "int8" else 0.05
 
     def check(self, source: Source) -> list[str]:
         """Refuse quantised sources, Conv1D layers, non-float weights, and selectors without a match."""
+        if self.format == "bitsandbytes" and self.activations == "none":
+            raise Refusal("int8: activations: bitsandbytes always quantises them; use format: compressed-tensors")
+        self._check_smoothing(source)
         if source.config.get("quantization_config"):
             raise Refusal("config.json: quantization_config: the source is quantised already")
         if "conv1d" in source.family.features:
@@ -65,6 +76,22 @@ class Int8(BaseModel):
             raise Refusal("int8: select and keep together leave no layer to quantise")
         return self._remarks(source)
 
+    def _check_smoothing(self, source: Source) -> None:
+        if self.outliers == "none":
+            return
+        if self.activations == "none":
+            raise Refusal("int8: outliers: there is nothing to smooth when activations are left in 16 bit")
+        family = source.family
+        if not family.feeds:
+            raise Refusal(f"int8: outliers: {family.model_type} has no place that smoothing could use")
+        post_norm = not source.get("do_layer_norm_before") or source.get("activation_function") != "relu"
+        if family.model_type == "opt" and post_norm:
+            raise Refusal("int8: outliers: OPT can be smoothed with do_layer_norm_before and a ReLU only")
+        prefix = f"{source.prefix}{family.layer}.0."
+        for spec in (source.tensors[name] for name in layer_tensors(source, prefix)):
+            if spec.dtype not in ("F64", "F32", "F16", "BF16"):
+                raise Refusal(f"int8: outliers: tensor {spec.name!r} is {spec.dtype}, which can't be scaled")
+
     def _remarks(self, source: Source) -> list[str]:
         remarks = [f"{source.family.head} is kept in 16 bit" + (" (tied)" if source.tied else "")]
         kept = len(dict(source.linears())) - len(self._modules(source))
@@ -78,37 +105,61 @@ class Int8(BaseModel):
             and not any(fnmatch.fnmatchcase(module, p) for p in self.keep)
         ]
 
+    @property
+    def _layout(self) -> Format:
+        if self.format == "bitsandbytes":
+            return "bitsandbytes"
+        return "int-quantized" if self.activations == "int8" else "pack-quantized"
+
     def groups(self, source: Source) -> Iterator[Group]:
-        """Yield one group per linear layer."""
+        """Yield one group per linear layer, or, where smoothing ties them together, per decoder layer."""
+        taken = {f"{module}.weight" for module in self._modules(source)}
+        smoothed: set[str] = set()
+        for layer in range(source.num_layers if self.outliers == "smooth" else 0):
+            prefix = f"{source.prefix}{source.family.layer}.{layer}."
+            names = layer_tensors(source, prefix)
+            smoothed |= set(names)
+            yield Group(tuple(names), self._writes(source, names, taken), key=str(layer))
         for module in self._modules(source):
-            weight = source.tensors[f"{module}.weight"]
-            codes = TensorSpec(weight.name, "I8", weight.shape)
-            yield Group((weight.name,), (codes, *self._scale_specs(module, weight)))
+            if (name := f"{module}.weight") not in smoothed:
+                yield Group((name,), self._writes(source, [name], taken))
 
-    def _scale_specs(self, module: str, weight: TensorSpec) -> tuple[TensorSpec, ...]:
-        rows = weight.shape[0]
-        if self.format == "bitsandbytes":
-            form = TensorSpec(f"{module}.weight_format", "U8", ())
-            return TensorSpec(f"{module}.SCB", "F32", (rows,)), form
-        dtype = weight.dtype if weight.dtype in _TORCH else "BF16"
-        return (TensorSpec(f"{module}.weight_scale", dtype, (rows, 1)),)
+    def _writes(self, source: Source, names: list[str], taken: set[str]) -> tuple[TensorSpec, ...]:
+        every = (source.tensors[name] for name in names)
+        return tuple(out for spec in every for out in (specs(self._layout, spec) if spec.name in taken else (spec,)))
 
-    def apply(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Quantise the group's one weight."""
-        (weight,) = (tensors[name] for name in group.reads)
-        codes, scale = quantize_channels(weight, weight.dtype)
-        if self.format == "bitsandbytes":
-            # SCB is the row's absmax in bitsandbytes: exact in fp32, 8 + 7 significant bits.
-            values: tuple[Tensor, ...] = (codes, (scale * CODE_MAX).flatten(), torch.zeros((), dtype=torch.uint8))
-        else:
-            values = (codes, scale.to(_TORCH[group.writes[1].dtype]))
-        return {spec.name: value for spec, value in zip(group.writes, values, strict=True)}
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Smoothing measures ranges on one text and chooses on another; codes alone need none."""
+        return ("calibration", "selection") if self.outliers == "smooth" else ()
+
+    def calibrate(self, source: Source, passes: Passes) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield every layer's smoothing factors."""
+        for layer in passes():
+            yield str(layer.index), layer_factors(layer, source)
+
+    def apply(
+        self,
+        group: Group,
+        tensors: Mapping[str, Tensor],
+        statistics: Mapping[str, dict[str, Tensor]],
+        source: Source,
+    ) -> dict[str, Tensor]:
+        """Smooth the group if it is a layer; quantise the weights that are to be."""
+        weights = tensors
+        if group.key:
+            prefix = f"{source.prefix}{source.family.layer}.{group.key}."
+            weights = migrate(tensors, statistics[group.key], prefix, source)
+        kept = {spec.name for spec in group.writes if spec == source.tensors.get(spec.name)}
+        written = {name: weights[name].to(tensors[name].dtype) for name in kept}
+        for name in set(group.reads) - kept:
+            codes, scale = quantize_channels(weights[name], tensors[name].dtype)
+            written |= layout_tensors(self._layout, source.tensors[name], codes, scale)
+        return written
 
     def edit_config(self, source: Source) -> dict[str, Any]:
         """Add the format's `quantization_config`."""
-        ignore = self._ignored(source)
-        build = _bitsandbytes if self.format == "bitsandbytes" else _compressed_tensors
-        return {**source.config, "quantization_config": build(ignore)}
+        return {**source.config, "quantization_config": document(self._layout, self._ignored(source))}
 
     def _ignored(self, source: Source) -> list[str]:
         """Every linear layer that stays in 16 bit: loaders quantise what they are not told to leave."""
@@ -125,34 +176,9 @@ class Int8(BaseModel):
             return {"transformers": "yes (bitsandbytes)", "vllm": no, "sglang": no}
         split = self.select != ("*",) or bool(self.keep)
         engine = "only if q/k/v and gate/up of a layer are quantised alike" if split else "yes"
+        simulated = ", activations simulated" if self.activations == "int8" else ""
         return {
-            "transformers": "yes (weights decompressed, activations simulated: no speed)",
+            "transformers": f"yes (weights decompressed{simulated}: no speed)",
             "vllm": engine,
             "sglang": engine,
         }
-
-
-def _compressed_tensors(ignore: list[str]) -> dict[str, Any]:
-    shared = {"num_bits": 8, "type": "int", "symmetric": True}
-    weights = {**shared, "strategy": "channel", "dynamic": False}
-    activations = {**shared, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ignore,
-    }
-
-
-def _bitsandbytes(skip: list[str]) -> dict[str, Any]:
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_8bit": True,
-        "load_in_4bit": False,
-        "llm_int8_threshold": 6.0,
-        "llm_int8_skip_modules": skip,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-    }

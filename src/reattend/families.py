@@ -15,6 +15,20 @@ from reattend.errors import Refusal
 
 
 @dataclass(frozen=True)
+class Feed:
+    """A module whose output, channel by channel, is the input of some linears and of nothing else.
+
+    Dividing `producer`'s channels by any s > 0 and multiplying the consumers' columns by it changes nothing.
+    `rows` are the producer's output rows in question, as dimension symbols (start, stop), where it is fused with
+    others. A norm that computes with 1 + weight is no producer: (1 + w) / s - 1 does not fit into 16 bit.
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    rows: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """One row. `linears` maps a module name inside a layer to its (out, in) dimension symbols."""
 
@@ -27,6 +41,7 @@ class Family:
     head: str | None = "lm_head"
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    feeds: tuple[Feed, ...] = ()
 
 
 _LLAMA_KEYS = {
@@ -43,10 +58,25 @@ _GATED = {
 }  # fmt: skip
 
 
-def _llama_like(model_type: str, *features: str, linears: Any = None, **defaults: Any) -> Family:
+_VALUES = Feed("self_attn.v_proj", ("self_attn.o_proj",))
+_UP = Feed("mlp.up_proj", ("mlp.down_proj",))
+
+
+_PROJECTIONS = tuple(f"self_attn.{name}_proj" for name in "qkv")
+_LLAMA_FEEDS = (
+    Feed("input_layernorm", _PROJECTIONS),
+    Feed("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    _VALUES,
+    _UP,
+)
+
+
+def _llama_like(
+    model_type: str, *features: str, linears: Any = None, feeds: tuple[Feed, ...] = _LLAMA_FEEDS, **defaults: Any
+) -> Family:
     return Family(
         model_type, "model.", "layers", "embed_tokens", linears or {**_ATTENTION, **_GATED},
-        frozenset(features), keys=_LLAMA_KEYS, defaults=defaults,
+        frozenset(features), keys=_LLAMA_KEYS, defaults=defaults, feeds=feeds,
     )  # fmt: skip
 
 
@@ -64,6 +94,7 @@ FAMILIES = {
         ),
         _llama_like(
             "gemma2", "soft_cap", "window", "bos_every_window",
+            feeds=(_VALUES, _UP),
             num_key_value_heads=4, head_dim=256, tie_word_embeddings=True,
         ),
         _llama_like(
@@ -72,12 +103,18 @@ FAMILIES = {
                 "self_attn.qkv_proj": ("q+kv+kv", "hidden"), "self_attn.o_proj": ("hidden", "q"),
                 "mlp.gate_up_proj": ("ffn+ffn", "hidden"), "mlp.down_proj": ("hidden", "ffn"),
             },
+            feeds=(
+                Feed("input_layernorm", ("self_attn.qkv_proj",)),
+                Feed("post_attention_layernorm", ("mlp.gate_up_proj",)),
+                Feed("self_attn.qkv_proj", ("self_attn.o_proj",), rows=("q+kv", "q+kv+kv")),
+                Feed("mlp.gate_up_proj", ("mlp.down_proj",), rows=("ffn", "ffn+ffn")),
+            ),
             tie_word_embeddings=False,
         ),
         _llama_like(
             "mixtral", "experts", "window",
             linears={**_ATTENTION, "block_sparse_moe.gate": ("experts", "hidden")},
-            num_key_value_heads=8, tie_word_embeddings=False,
+            feeds=(), num_key_value_heads=8, tie_word_embeddings=False,
         ),
         Family(
             "opt", "model.decoder.", "layers", "embed_tokens",
@@ -87,7 +124,13 @@ FAMILIES = {
             },
             frozenset({"qkv_bias", "learned_positions"}),
             keys={**_LLAMA_KEYS, "ffn": "ffn_dim"},
-            defaults={"tie_word_embeddings": True},
+            defaults={"tie_word_embeddings": True, "do_layer_norm_before": True, "activation_function": "relu"},
+            feeds=(
+                Feed("self_attn_layer_norm", _PROJECTIONS),
+                Feed("final_layer_norm", ("fc1",)),
+                Feed("self_attn.v_proj", ("self_attn.out_proj",)),
+                Feed("fc1", ("fc2",)),  # through a ReLU, which passes positive factors
+            ),
         ),
         Family(
             "gpt2", "transformer.", "h", "wte",
@@ -181,8 +224,11 @@ class Source:
 
 def source_of(checkpoint: Checkpoint) -> Source:
     """Find the family and check that config and tensors agree. Raises `Refusal` naming key or tensor."""
-    config = checkpoint.config
-    tensors = {name: stored.spec for name, stored in checkpoint.tensors.items()}
+    return describe(checkpoint.config, {name: stored.spec for name, stored in checkpoint.tensors.items()})
+
+
+def describe(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Source:
+    """The same for a config and tensor specs that are on no disk yet."""
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
@@ -195,7 +241,11 @@ def source_of(checkpoint: Checkpoint) -> Source:
     if family.model_type != "opt":  # OPT may project between embedding and hidden size
         expected[prefix + family.embedding] = (source.size("vocab"), source.size("hidden"))
     for module, shape in expected.items():
-        _check_tensor(tensors, f"{module}.weight", shape)
+        packed = tensors.get(f"{module}.weight_packed")
+        if packed is None or not config.get("quantization_config"):
+            _check_tensor(tensors, f"{module}.weight", shape)
+        elif packed.shape[:1] != shape[:1]:
+            raise Refusal(f"tensor {packed.name!r} has {packed.shape[:1]} rows, config.json says {shape[0]}")
     return source
 
 

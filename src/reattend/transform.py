@@ -1,6 +1,6 @@
 """The protocol of a transform: what it checks, which tensors go in and come out, what it edits."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,13 +10,19 @@ from reattend.families import Source
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reattend.calibration.layerwise import LayerPass
+
+# Starts a pass over the layers: each call reads the model's weights once more.
+Passes = Callable[[], "Iterator[LayerPass]"]
+
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that are read together, and the tensors that are written in their place."""
+    """Tensors that are read together, and the tensors that are written in their place; `key` is the step's own."""
 
     reads: tuple[str, ...]
     writes: tuple[TensorSpec, ...]
+    key: str = ""
 
 
 class Transform(Protocol):
@@ -25,11 +31,24 @@ class Transform(Protocol):
     def check(self, source: Source) -> list[str]:
         """Raise `Refusal` where the step can't apply; return remarks on what it leaves alone."""
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that `calibrate` runs on: none, or `calibration`, or also `selection`."""
+
+    def calibrate(self, source: Source, passes: Passes) -> "Iterator[tuple[str, dict[str, Tensor]]]":
+        """Yield named statistics, such as those of one layer; they are kept on disk until `apply`."""
+
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield the groups; tensors in none of them are kept as they are."""
 
-    def apply(self, group: Group, tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-        """Turn a group's tensors into the ones that it writes. Pure."""
+    def apply(
+        self,
+        group: Group,
+        tensors: "Mapping[str, Tensor]",
+        statistics: "Mapping[str, dict[str, Tensor]]",
+        source: Source,
+    ) -> "dict[str, Tensor]":
+        """Turn a group's tensors into the ones that it writes. Pure; `statistics` is read when asked for."""
 
     def edit_config(self, source: Source) -> dict[str, Any]:
         """Return the config of the result, a new dict."""

@@ -29,7 +29,7 @@ def hidden_states(model, ids):
     return [*seen[::2], seen[-1]]
 
 
-@pytest.mark.parametrize("family", [f for f in CONFIGS])
+@pytest.mark.parametrize("family", list(CONFIGS))
 def test_hidden_states_equal_those_of_a_whole_forward_pass(models, family):
     model = load(models(family), family)
     expected = {name: hidden_states(model, ids) for name, ids in IDS.items()}
@@ -71,7 +71,7 @@ def test_moments_are_those_of_the_activations(models):
     handle.remove()
     x = torch.cat(rows)
     point = Point("mlp.down_proj")
-    passes = list(layer_moments(current, [point]) for current in layer_passes(model, FAMILIES["llama"], IDS))
+    passes = [layer_moments(current, [point]) for current in layer_passes(model, FAMILIES["llama"], IDS)]
     found = passes[1][point]
     assert found["count"] == 100
     torch.testing.assert_close(found["second"], x.T @ x / 100, rtol=1e-5, atol=1e-9)

@@ -26,8 +26,8 @@ def quantize(dtype, mask):
 
 def w8a8(config, dtype, outliers):
     pointers = {
-        "p_a": "*i8", "p_a_scale": "*fp32", "p_w": "*i8", "p_w_scale": "*fp32", "p_bias": f"*{dtype}",
-        "p_x": f"*{dtype}", "p_columns": "*i64", "p_slice": f"*{dtype}", "p_y": f"*{dtype}",
+        "p_a": "*i8", "p_a_scale": "*fp32", "p_w": "*i8", "p_w_scale": "*fp32", "p_bias": "*fp32",
+        "p_x": f"*{dtype}", "p_columns": "*i64", "p_slice": "*fp32", "p_y": f"*{dtype}",
     }  # fmt: skip
     constants = {"HAS_BIAS": True, "HAS_OUTLIERS": outliers, **blocks(config), "BLOCK_N": kernel.OUTLIER_BLOCK}
     return kernel._w8a8_kernel, pointers, constants, config
@@ -35,7 +35,7 @@ def w8a8(config, dtype, outliers):
 
 def w8a16(config, dtype, op):
     pointers = {
-        "p_x": f"*{dtype}", "p_w": "*i8", "p_w_scale": "*fp32", "p_bias": f"*{dtype}", "p_y": f"*{dtype}"
+        "p_x": f"*{dtype}", "p_w": "*i8", "p_w_scale": "*fp32", "p_bias": "*fp32", "p_y": f"*{dtype}"
     }  # fmt: skip
     sizes = blocks(config)
     if op is kernel._w8a16_gemv_kernel:
@@ -48,12 +48,13 @@ def blocks(config):
 
 
 def shipped():
+    """Every tile and dtype; the variant without mask or outliers, a part of the other, in one dtype only."""
     for dtype in FLOATS:
-        for mask in (False, True):
-            yield f"quantize-{dtype}-{mask}", quantize(dtype, mask)
-        for config in kernel.W8A8_CONFIGS:
-            for outliers in (False, True):
-                yield f"w8a8-{config.block_m}-{dtype}-{outliers}", w8a8(config, dtype, outliers)
+        variants = (False, True) if dtype == "bf16" else (True,)
+        for extra in variants:
+            yield f"quantize-{dtype}-{extra}", quantize(dtype, extra)
+            for config in kernel.W8A8_CONFIGS:
+                yield f"w8a8-{config.block_m}-{dtype}-{extra}", w8a8(config, dtype, extra)
         for config in kernel.w8a16_configs(dtype == "fp32"):
             yield f"w8a16-{config.block_m}-{dtype}", w8a16(config, dtype, kernel._w8a16_kernel)
         yield f"gemv-{dtype}", w8a16(kernel.GEMV, dtype, kernel._w8a16_gemv_kernel)

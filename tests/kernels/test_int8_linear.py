@@ -16,7 +16,16 @@ from reattend.kernels.int8_linear import Outliers, cpu, int8_linear, native, ref
 BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(bool(native.unavailable()), reason="no native"))]
 # Relative L2. fp32: one chain of 4097 sums (2^-24 sqrt(4097) = 4e-6); 16 bit: the rounding of the result, and for bf16 a second one in the packed route.
 LIMITS = {torch.float32: 3e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-SHAPES = [(1, 1, 1), (1, 33, 5), (3, 100, 17), (6, 64, 16), (7, 64, 16), (63, 130, 35), (100, 575, 33), (13, 4097, 20)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 33, 5),
+    (3, 100, 17),
+    (6, 64, 16),
+    (7, 64, 16),
+    (63, 130, 35),
+    (100, 575, 33),
+    (13, 4097, 20),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +201,9 @@ def test_wrong_inputs_are_refused():
         "activations=": lambda: int8_linear(x, codes, scale, activations="int4"),
         "backend=": lambda: int8_linear(x, codes, scale, backend="cuda"),
         "belong to": lambda: int8_linear(x, codes, scale, activations="none", threshold=6.0),
-        "exclude": lambda: int8_linear(x, codes, scale, threshold=6.0, outliers=Outliers(torch.tensor([0]), rows(8, 1))),
+        "exclude": lambda: int8_linear(
+            x, codes, scale, threshold=6.0, outliers=Outliers(torch.tensor([0]), rows(8, 1))
+        ),
         "number of columns": lambda: int8_linear(x, codes, scale, outliers=Outliers(torch.tensor([0]), rows(8, 2))),
         "outside": lambda: int8_linear(x, codes, scale, outliers=Outliers(torch.tensor([32]), rows(8, 1))),
         "not positive": lambda: int8_linear(x, codes, scale, threshold=-1.0),

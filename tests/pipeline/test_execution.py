@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import reattend
 from reattend.errors import Failure, Refusal, first_line
 from reattend.pipeline import execution
+from reattend.recipes.schema import load_recipe
 from tiny_models import write_model
 
 
@@ -25,6 +26,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 LOADED = [("int8", f) for f in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "bert")]
+LOADED += [("int8-weights", f) for f in ("llama", "qwen2", "phi3", "opt", "bert")]
 LOADED += [("int8-bitsandbytes", f) for f in ("llama", "qwen2", "opt", "bert")]
 
 
@@ -48,7 +50,7 @@ def test_every_other_byte_is_kept(tmp_path):
         "tiny": torch.ones(7).to(torch.float8_e4m3fn),
     }
     save_file({k: v.clone() for k, v in load_file(shard).items()} | extra, shard, {"format": "pt"})
-    reattend.apply("int8", folder, tmp_path / "out", max_shard_bytes=15_000)
+    reattend.apply(load_recipe("int8").model_copy(update={"max_shard_bytes": 15_000}), folder, tmp_path / "out")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     out = {k: v for f in set(index["weight_map"].values()) for k, v in load_file(tmp_path / "out" / f).items()}
     source = {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
@@ -152,7 +154,7 @@ def test_a_finished_output_is_replaced_only_when_told(models, tmp_path):
 
 
 def test_two_runs_into_one_output(models, tmp_path):
-    def second(done, total):
+    def second(phase, done, total):
         with pytest.raises(Refusal, match="another run"):
             reattend.apply("int8", models("llama"), tmp_path / "out", resume=True)
 

@@ -1,9 +1,20 @@
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reattend.quantize.int8.formulas import channel_scale, dequantize_channels, quantize_channels, round_up
+from reattend.errors import Refusal
+from reattend.families import Source
+from reattend.quantize.int8.formulas import (
+    channel_scale,
+    dequantize_channels,
+    pack_codes,
+    quantize_channels,
+    round_up,
+    unpack_codes,
+)
+from reattend.quantize.int8.transform import Int8
 
 
 def test_hand_computed():
@@ -54,3 +65,16 @@ def test_a_bad_number_reaches_the_scale(bad):
     w = torch.ones(3, 4)
     w[1, 2] = bad
     assert torch.isfinite(quantize_channels(w, torch.float32)[1]).flatten().tolist() == [True, False, True]
+
+
+@given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**31))
+def test_packed_codes_are_those_of_compressed_tensors(rows, columns, seed):
+    codes = torch.randint(-127, 128, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    packed = pack_codes(codes)
+    assert torch.equal(packed, pack_to_int32(codes, 8))
+    assert torch.equal(unpack_codes(packed, columns), codes)
+
+
+def test_bitsandbytes_without_quantised_activations_is_refused():
+    with pytest.raises(Refusal, match="activations"):
+        Int8(format="bitsandbytes", activations="none").check(Source({}, None, {}, ""))

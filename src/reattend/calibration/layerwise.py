@@ -20,7 +20,8 @@ from reattend.families import Family
 class LayerPass:
     """One layer with its weights in memory, and what every window of every text feeds it.
 
-    `hidden` maps a text's name to (windows, tokens, hidden size), on the CPU in the model's dtype.
+    `hidden` maps a text's name to (windows, tokens, hidden size), on the CPU in the model's dtype; `text` names
+    the one that is running.
     """
 
     index: int
@@ -28,6 +29,7 @@ class LayerPass:
     hidden: dict[str, Tensor]
     device: torch.device
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    text: str = ""
     _ran: bool = False
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -41,9 +43,10 @@ class LayerPass:
     def run(self) -> None:
         """Run the layer once on every window and replace `hidden` by its outputs: attach hooks before."""
         with torch.inference_mode():
-            for states in self.hidden.values():
-                for window in states.split(1):
-                    window.copy_(self.call(window))
+            for name, states in self.hidden.items():
+                self.text = name
+                for i in range(len(states)):
+                    states[i : i + 1].copy_(self.call(states[i : i + 1]))
         self._ran = True
 
 
@@ -114,8 +117,8 @@ def _first_inputs(
 def _embed(model: nn.Module, first: _Recorder, ids: Tensor) -> Tensor:
     rows = []
     with torch.inference_mode():
-        for window in ids.split(1):
-            _body(model)(window.to(_input_device(model)), use_cache=False)
+        for i in range(len(ids)):
+            _body(model)(ids[i : i + 1].to(_input_device(model)), use_cache=False)
             assert first.inputs is not None
             rows.append(first.inputs.cpu().clone())
     return torch.cat(rows)
@@ -134,8 +137,8 @@ def _input_device(model: Any) -> torch.device:
 @contextmanager
 def _resident(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """Keep a layer's weights on `device`, loading what accelerate offloaded once instead of per call."""
-    hooks = [(m, m._hf_hook) for m in layer.modules() if hasattr(m, "_hf_hook")]
-    offloaded: list[tuple[nn.Module, Any]] = [(m, hook) for m, hook in hooks if getattr(hook, "offload", False)]
+    hooks: list[tuple[nn.Module, Any]] = [(m, m._hf_hook) for m in layer.modules() if hasattr(m, "_hf_hook")]
+    offloaded = [(m, hook) for m, hook in hooks if getattr(hook, "offload", False)]
     homes = [hook.execution_device for _, hook in hooks]
     home = next(layer.parameters()).device
     try:

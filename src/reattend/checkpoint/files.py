@@ -1,10 +1,13 @@
 """Where a checkpoint's files are read from: a local folder, or a Hub repository by ranges."""
 
+import glob
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from reattend.errors import Failure, Refusal, first_line
+from reattend.errors import Failure, ReattendError, Refusal, first_line
 
 _PRIVATE = {".git", ".cache"}  # version control and download bookkeeping, not part of a checkpoint
 
@@ -43,9 +46,13 @@ class LocalFolder:
             stream.seek(start)
             return stream.read(length)
 
+    def download(self) -> Path:
+        """Return the folder: nothing is to be fetched."""
+        return self.path
+
 
 class HubRepository:
-    """Files of a Hub repository, read by HTTP ranges: nothing is downloaded whole."""
+    """Files of a Hub repository, read by HTTP ranges: nothing is downloaded whole, except by `download`."""
 
     def __init__(self, repository: str) -> None:
         from huggingface_hub import HfApi
@@ -55,15 +62,9 @@ class HubRepository:
 
     def sizes(self) -> dict[str, int]:
         """See `Files.sizes`."""
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-        try:
+        with self._asking(f"{self.name}: no such folder here, and the Hub answers"):
             entries = self._api.list_repo_tree(self.name, recursive=True)
             return {e.path: e.size for e in entries if hasattr(e, "size")}
-        except HFValidationError as error:
-            raise Refusal(f"{self.name}: neither a folder here nor a Hub id") from error
-        except (HfHubHTTPError, OSError) as error:
-            raise Failure(f"{self.name}: no such folder here, and the Hub answers: {first_line(error)}") from error
 
     def read(self, file: str, start: int, length: int) -> bytes:
         """See `Files.read`."""
@@ -72,21 +73,54 @@ class HubRepository:
 
         if not length:
             return b""
-        headers = build_hf_headers() | {"Range": f"bytes={start}-{start + length - 1}"}
-        answer = get_session().get(hf_hub_url(self.name, file), headers=headers, follow_redirects=True, timeout=30)
-        if answer.status_code != 206 and not (answer.status_code == 200 and start == 0):
-            raise Failure(f"{self.name}/{file}: the Hub answered {answer.status_code} to a range")
-        return bytes(answer.content[:length])
+        span = {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"}
+        request = ("GET", hf_hub_url(self.name, file))
+        with (
+            self._asking(f"{self.name}/{file}: cannot be read"),
+            get_session().stream(
+                *request, headers=build_hf_headers() | span, follow_redirects=True, timeout=30
+            ) as answer,
+        ):
+            # A server that ignores ranges sends the whole file: good for its head, of which we take what we need.
+            if answer.status_code != 206 and not (answer.status_code == 200 and start == 0):
+                raise Failure(f"{self.name}/{file}: the Hub answered {answer.status_code} to a range")
+            return _take(answer.iter_bytes(), length)
 
     def download(self) -> Path:
-        """Download the repository into the Hub's cache; return its folder there."""
+        """Download what belongs to the checkpoint into the Hub's cache; return its folder there.
+
+        Raises `Refusal`, before the weights are fetched, for a repository that is no sound checkpoint.
+        """
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        from reattend.checkpoint.index import open_checkpoint  # late: it imports this module
+
+        ignored = [glob.escape(file) for file in open_checkpoint(self.name).ignored]
+        with self._asking(f"{self.name}: cannot be downloaded"):
+            return Path(snapshot_download(self.name, ignore_patterns=ignored))
+
+    @contextmanager
+    def _asking(self, doing: str) -> Iterator[None]:
+        """Turn the client's errors into ours. Those of its transport have another base in each of its releases."""
+        from huggingface_hub.errors import HFValidationError
 
         try:
-            return Path(snapshot_download(self.name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise Failure(f"{self.name}: cannot be downloaded: {first_line(error)}") from error
+            yield
+        except ReattendError:
+            raise
+        except HFValidationError as error:
+            raise Refusal(f"{self.name}: neither a folder here nor a Hub id") from error
+        except Exception as error:
+            raise Failure(f"{doing}: {first_line(error)}") from error
+
+
+def _take(blocks: Iterable[bytes], length: int) -> bytes:
+    taken = bytearray()
+    for block in blocks:
+        taken += block
+        if len(taken) >= length:
+            break
+    return bytes(taken[:length])
 
 
 def open_files(model: str | os.PathLike[str]) -> LocalFolder | HubRepository:

@@ -17,7 +17,6 @@ from reattend.checkpoint.header import TensorSpec, render_header
 from reattend.checkpoint.index import SINGLE
 from reattend.errors import Refusal
 
-MAX_SHARD_BYTES = 5_000_000_000
 _SYNC_BYTES = 256 << 20  # how much work a power cut may cost
 _JOURNAL = "journal.jsonl"
 
@@ -65,6 +64,7 @@ class Staging:
     def __init__(self, out: Path, key: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         self.out = out
         self.folder = out.parent / f".{out.name}.partial"
+        self.work = self.folder / "work"  # what a run needs on its way, gone from the output
         self._key = dict(key)
         self._resume = resume
         self._overwrite = overwrite
@@ -160,6 +160,7 @@ class Staging:
         self.sync()
         old = self.out.parent / f".{self.out.name}.old"
         shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
         (self.folder / _JOURNAL).unlink()
         if self.out.exists():
             self.out.rename(old)

@@ -27,8 +27,10 @@ for command in COMMANDS:
 
 def _silence() -> None:
     """Keep third-party chatter off the terminal: these libraries read the environment at import."""
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "LOGURU_LEVEL": "ERROR",
-             "TOKENIZERS_PARALLELISM": "false", "BITSANDBYTES_NOWELCOME": "1", "TQDM_DISABLE": "1"}  # fmt: skip
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+             "LOGURU_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false", "BITSANDBYTES_NOWELCOME": "1",
+             "TQDM_DISABLE": "1", "TQDM_DELAY": "1e9"}  # fmt: skip
+    # The delay is for bars whose caller says disable=False, which wins over the environment.
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

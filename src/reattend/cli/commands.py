@@ -13,6 +13,16 @@ from reattend.errors import Failure, Refusal
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 resume = click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+device = click.option("--device", default="cpu", show_default=True, help="Where tensors are computed: cpu, cuda:0.")
+calibration = click.option("--calibration", metavar="TEXT", help="Calibration text (a file, or dataset:PATH).")
+selection = click.option("--selection", metavar="TEXT", help="Another text, to choose parameters on.")
+
+
+def _run_options(command: Any) -> Any:
+    """The options that `apply` and `convert` share."""
+    for option in (as_json, selection, calibration, device, overwrite, resume):
+        command = option(command)
+    return command
 
 
 @click.command()
@@ -35,7 +45,8 @@ def plan(recipe: str, model: str, as_json: bool) -> None:
 
     summary = reattend.plan(recipe, model).summary()
     if not as_json:
-        summary["changes"] = _digest(summary["changes"])
+        for step in summary["steps"]:
+            step["changes"] = _digest(step["changes"])
     show(summary, as_json=as_json)
 
 
@@ -48,41 +59,29 @@ def _digest(changes: list[dict[str, Any]], most: int = 8) -> list[str]:
     return lines + ([f"and {rest} more: --json lists all"] if rest > 0 else [])
 
 
-def _apply(recipe: Any, model: str, out: str, flags: dict[str, bool]) -> None:
+def _apply(recipe: Any, model: str, out: str, options: dict[str, Any]) -> None:
     import reattend
 
-    with progress("rewriting", nbytes=True) as report:
-        done = reattend.apply(
-            recipe,
-            model,
-            out,
-            resume=flags["resume"],
-            overwrite=flags["overwrite"],
-            progress=report,
-        )
+    texts = {key: options.pop(key) for key in ("calibration", "selection")}
+    recipe = recipe.model_copy(update={key: text for key, text in texts.items() if text is not None})
+    as_json = options.pop("as_json")
+    with progress() as report:
+        done = reattend.apply(recipe, model, out, progress=report, **options)
     summary = done.summary()
-    keys = (
-        "model",
-        "tensors_rewritten",
-        "tensors_kept",
-        "bytes_before",
-        "bytes_after",
-        "ratio",
-        "remarks",
-    )
-    show({"out": out, **{key: summary[key] for key in keys}}, as_json=flags["as_json"])
+    keys = ("bytes_before", "bytes_after", "ratio", "remarks")
+    show({"out": out, "model": model, **{key: summary[key] for key in keys}}, as_json=as_json)
 
 
 @click.command()
 @click.argument("recipe")
 @click.argument("model")
 @click.argument("out")
-@resume
-@overwrite
-@as_json
-def apply(recipe: str, model: str, out: str, **flags: bool) -> None:
+@_run_options
+def apply(recipe: str, model: str, out: str, **options: Any) -> None:
     """Write MODEL rewritten by RECIPE (a YAML file or a built-in name) to the folder OUT."""
-    _apply(recipe, model, out, flags)
+    from reattend.recipes.schema import load_recipe
+
+    _apply(load_recipe(recipe), model, out, options)
 
 
 @click.command()
@@ -90,14 +89,13 @@ def apply(recipe: str, model: str, out: str, **flags: bool) -> None:
 @click.argument("model")
 @click.argument("out")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the step (YAML).")
-@resume
-@overwrite
-@as_json
-def convert(step: str, model: str, out: str, settings: tuple[str, ...], **flags: bool) -> None:
+@_run_options
+def convert(step: str, model: str, out: str, settings: tuple[str, ...], **options: Any) -> None:
     """Apply one STEP, such as int8: a recipe of one step."""
-    from reattend.recipes.schema import parse_step
+    from reattend.recipes.schema import parse_recipe
 
-    _apply([parse_step({"step": step, **_settings(settings)}, "convert")], model, out, flags)
+    recipe = parse_recipe({"steps": [{"step": step, **_settings(settings)}]}, "convert")
+    _apply(recipe, model, out, options)
 
 
 def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
@@ -133,17 +131,18 @@ def verify(out: str, against: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("model")
-@click.option("--text", required=True, metavar="FILE", help="UTF-8 text to measure on.")
+@click.option("--text", required=True, metavar="FILE", help="UTF-8 file to measure on, or dataset:PATH.")
 @click.option("--against", metavar="BASE", help="A second model, measured on the same tokens.")
 @click.option("--window", default=2048, show_default=True, help="Tokens in a window.")
 @click.option("--windows", type=click.IntRange(1), help="Windows to measure [default: all].")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, float64")
+@device
 @as_json
 def evaluate(model: str, text: str, as_json: bool, **options: Any) -> None:
     """Measure perplexity with its error; against BASE also KL divergence and top-1 agreement."""
     import reattend
 
-    with progress("evaluating", nbytes=False) as report:
+    with progress() as report:
         result = reattend.evaluate(model, text, progress=report, **options)
     show(result, as_json=as_json)
 
@@ -214,7 +213,7 @@ def demo(out: str, overwrite: bool, as_json: bool) -> None:
     planned = reattend.apply("int8", bundled.MODEL, out, overwrite=overwrite)
     click.echo("converted; verifying in a fresh process ...", err=True)
     checked = reattend.verify(out, against=bundled.MODEL)
-    with progress("evaluating", nbytes=False) as report:
+    with progress() as report:
         measured = reattend.evaluate(
             out, bundled.EVAL_TEXT, against=bundled.MODEL, window=bundled.WINDOW, dtype="float32", progress=report
         )

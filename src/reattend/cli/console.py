@@ -5,76 +5,80 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import click
 
+from reattend.cli.report import aligned, human, table
+from reattend.progress import Progress
 
-class Report(Protocol):
-    """Called with (done, total)."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """Tell how far the work is."""
+BYTE_PHASES = ("rewriting",)
 
 
 @contextmanager
-def progress(label: str, *, nbytes: bool) -> Iterator[Report]:
-    """A bar with rate and time left on a terminal, a plain line per tenth elsewhere."""
+def progress() -> Iterator[Progress]:
+    """A bar per phase with rate and time left on a terminal, a plain line per tenth elsewhere."""
     if sys.stderr.isatty():
-        with _bar(label, nbytes) as report:
+        with _bars() as report:
             yield report
     else:
-        yield _lines(label)
+        yield _lines()
 
 
 @contextmanager
-def _bar(label: str, nbytes: bool) -> Iterator[Report]:
+def _bars() -> Iterator[Progress]:
     from rich import progress as bars
     from rich.console import Console
 
-    units = [bars.DownloadColumn(), bars.TransferSpeedColumn()] if nbytes else [bars.MofNCompleteColumn()]
-    columns = [
+    columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
-        *units,
+        bars.TextColumn("{task.fields[amount]}"),
         bars.TimeRemainingColumn(),
-    ]
+    )
+    started: dict[str, float] = {}
     with bars.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        tasks: dict[str, bars.TaskID] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                started[phase] = time.monotonic()
+                tasks[phase] = bar.add_task(phase, total=total, amount="")
+            amount = _amount(phase, done, total, time.monotonic() - started[phase])
+            bar.update(tasks[phase], completed=done, total=total, amount=amount)
+
+        yield report
 
 
-def _lines(label: str) -> Report:
-    start, told = time.monotonic(), 0
+def _lines() -> Progress:
+    started: dict[str, float] = {}
+    told: dict[str, int] = {}
 
-    def report(done: int, total: int) -> None:
-        nonlocal told
+    def report(phase: str, done: int, total: int) -> None:
+        elapsed = time.monotonic() - started.setdefault(phase, time.monotonic())
         tenth = 10 * done // max(total, 1)
-        if tenth > told:
-            told = tenth
-            click.echo(f"{label}: {10 * tenth} %, {time.monotonic() - start:.1f} s", err=True)
+        if tenth != told.get(phase, 0):
+            told[phase] = tenth
+            click.echo(f"{phase}: {_amount(phase, done, total, elapsed)}, {elapsed:.1f} s", err=True)
 
     return report
 
 
+def _amount(phase: str, done: int, total: int, elapsed: float) -> str:
+    """What is done of the total, in bytes with their rate, or counted."""
+    if phase not in BYTE_PHASES:
+        return f"{done} of {total}"
+    rate = f", {human(done / elapsed)}/s" if elapsed > 0 else ""
+    return f"{human(done)} of {human(total)}{rate}"
+
+
 def show(report: dict[str, Any], *, as_json: bool) -> None:
-    """Print a report as JSON, or as aligned lines."""
+    """Print a report: as JSON, as a table on a terminal, as aligned lines elsewhere."""
     if as_json:
         click.echo(json.dumps(report, indent=2))
-        return
-    width = max(map(len, report))
-    for key, value in report.items():
-        for number, line in enumerate(_text(value)):
-            click.echo(f"{key if not number else '':<{width}}  {line}")
+    elif sys.stdout.isatty():
+        from rich.console import Console
 
-
-def _text(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [f"{key}: {item}" for key, item in value.items()] or ["-"]
-    if isinstance(value, (list, tuple)):
-        return [str(item) for item in value] or ["-"]
-    if isinstance(value, float):
-        return [f"{value:.5g}"]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [f"{value:,}".replace(",", " ")]
-    return ["not measured" if value is None else str(value)]
+        Console().print(table(report))
+    else:
+        click.echo("\n".join(aligned(report)))

@@ -4,9 +4,10 @@ Standard errors are over window means, not over tokens: tokens of one window are
 difference is paired by window, with the delta method for the exponential. Log-softmax runs in fp32.
 """
 
+import json
 import math
 import os
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Refusal
-from reattend.evaluation.windows import Windows, read_windows
 from reattend.families import Source, source_of
 from reattend.modeling.loading import Loaded, load
-
-Progress = Callable[[int, int], None]
+from reattend.progress import Progress, silent
+from reattend.texts.reading import Text, read_text
+from reattend.texts.windows import Windows, read_windows
 
 
 def evaluate(
@@ -29,31 +30,36 @@ def evaluate(
     window: int = 2048,
     windows: int | None = None,
     dtype: str = "auto",
-    progress: Progress = lambda done, total: None,
+    device: str = "cpu",
+    progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure `model` on a text file, in disjoint windows of `window` tokens; all of them, or `windows`.
+    """Measure `model` on a text (a file or `dataset:..`), in disjoint windows; all of them, or `windows`.
 
     Returns `perplexity`, `perplexity_stderr` (None for a single window), `bits_per_byte`, `tokens` (number
     predicted) and how they were measured; with `against`, measured on the same tokens, also
     `base_perplexity`, `delta` and `delta_stderr` (perplexity), `kl_mean` (nats, base || model, per
-    token) and `top1_agreement` (share of tokens).
+    token) and `top1_agreement` (share of tokens). Raises `Refusal` for a text on which the model was
+    calibrated or chosen.
     """
     source = _check(model, window)
     if against is not None:
         _check(against, window)
     _check_dtype(dtype)
-    subject = load(model, dtype=dtype)
+    content = read_text(text)
+    for measured in (model, against):
+        _check_unused(content, measured)
+    subject = load(model, dtype=dtype, device=device)
     if subject.tokenizer is None:
         raise Refusal(f"{model}: has no tokenizer, and perplexity needs one")
     bos_each = "bos_every_window" in source.family.features
-    cut = read_windows(text, subject.tokenizer, window=window, windows=windows, bos_each=bos_each)
-    base = load(against, dtype=dtype) if against is not None else None
+    cut = read_windows(content, subject.tokenizer, window=window, windows=windows, bos_each=bos_each)
+    base = load(against, dtype=dtype, device=device) if against is not None else None
     if base is not None:
         _check_tokenizers(subject, base, cut)
     rows = []
     for number, ids in enumerate(cut.ids, 1):
         rows.append(_measure(subject, base, ids))
-        progress(number, len(cut.ids))
+        progress("evaluating", number, len(cut.ids))
     report = {"model": str(model), "text": str(text), **_summary([r[0] for r in rows], cut, window)}
     report["dtype"] = str(subject.model.dtype).removeprefix("torch.")
     return report | (_comparison(rows) if base is not None else {})
@@ -72,6 +78,20 @@ def _check(model: str | os.PathLike[str], window: int) -> Source:
 def _check_dtype(dtype: str) -> None:
     if dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise Refusal(f"dtype: {dtype!r} is not auto, float32, bfloat16, float16 or float64")
+
+
+def _check_unused(text: Text, model: str | os.PathLike[str] | None) -> None:
+    """A number from the text that shaped the model flatters it."""
+    record = Path(model or "", "reattend.json")
+    if model is None or not record.exists():
+        return
+    try:
+        used = dict(json.loads(record.read_text("utf-8")).get("texts", {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise Refusal(f"{record}: is damaged") from error
+    for purpose, digest in used.items():
+        if digest == text.sha256:
+            raise Refusal(f"{text.name}: was the {purpose} text of {model}; measure on another text")
 
 
 def _check_tokenizers(subject: Loaded, base: Loaded, cut: Windows) -> None:
@@ -95,7 +115,8 @@ def _measure(subject: Loaded, base: Loaded | None, ids: list[int]) -> tuple[floa
 
 def _log_probs(loaded: Loaded, tokens: Tensor) -> Tensor:
     with torch.inference_mode():
-        logits = loaded.model(tokens.to(loaded.model.device)).logits
+        device = loaded.model.device
+        logits = loaded.model(tokens if device.type == "meta" else tokens.to(device)).logits
     return torch.log_softmax(logits[0, :-1].float(), -1).cpu()
 
 

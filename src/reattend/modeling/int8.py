@@ -96,7 +96,8 @@ class _First(Int8Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute all parts; return the first."""
-        own, *others = super().forward(input).split(self.sizes, dim=-1)
+        own: Tensor
+        own, *others = torch.split(super().forward(input), self.sizes, dim=-1)
         self._waiting = {i: (input, input._version, part) for i, part in enumerate(others, 1)}
         return own
 

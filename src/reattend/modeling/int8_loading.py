@@ -75,18 +75,19 @@ def scheme(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _activations(group: Mapping[str, Any]) -> str:
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
-    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    wrong = [key for key, value in wanted.items() if weights.get(key) != value]
-    if wrong:
-        raise Refusal(f"config.json: weights.{wrong[0]} is {weights.get(wrong[0])!r}, not {wanted[wrong[0]]!r}")
-    if inputs is None:
+    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
+    _require(group, "weights", {**int8, "strategy": "channel"})
+    if group.get("input_activations") is None:
         return "none"
-    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    wrong = [key for key, value in wanted.items() if inputs.get(key) != value]
-    if wrong:
-        raise Refusal(f"config.json: input_activations.{wrong[0]} is {inputs.get(wrong[0])!r}, not {wanted[wrong[0]]!r}")
+    _require(group, "input_activations", {**int8, "strategy": "token", "dynamic": True})
     return "int8"
+
+
+def _require(group: Mapping[str, Any], part: str, wanted: Mapping[str, Any]) -> None:
+    declared = group.get(part) or {}
+    for key, value in wanted.items():
+        if declared.get(key) != value:
+            raise Refusal(f"config.json: {part}.{key} is {declared.get(key)!r}, not {value!r}")
 
 
 def _empty_model(config: Mapping[str, Any], path: Path, dtype: str) -> nn.Module:

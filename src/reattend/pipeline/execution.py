@@ -1,55 +1,81 @@
-"""apply(): run a plan as one streamed pass; the output appears whole or not at all."""
+"""apply(): run a plan, one streamed pass per step; the output appears whole or not at all."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import BaseModel
-
 import reattend
-from reattend.checkpoint.files import LocalFolder, open_files
-from reattend.checkpoint.index import INDEX, fingerprint
-from reattend.checkpoint.staging import MAX_SHARD_BYTES, Staging
-from reattend.checkpoint.tensors import ShardReader, all_finite, bytes_view, tensor_bytes
+from reattend.checkpoint.files import open_files
+from reattend.checkpoint.index import INDEX, Checkpoint, fingerprint, open_checkpoint
+from reattend.checkpoint.staging import Staging
 from reattend.errors import Failure, Refusal
-from reattend.pipeline.planning import Plan, plan
-from reattend.recipes.schema import dump_recipe
-from reattend.transform import Group
+from reattend.modeling.loading import check_device
+from reattend.pipeline.calibrating import Calibration, check_texts
+from reattend.pipeline.planning import Plan, Stage, plan
+from reattend.pipeline.streaming import stream
+from reattend.progress import Progress, silent
+from reattend.recipes.schema import Recipe, dump_recipe
 
-Progress = Callable[[int, int], None]
+
+@dataclass(frozen=True)
+class _Run:
+    """A plan under way."""
+
+    plan: Plan
+    calibration: Calibration
+    progress: Progress
+
+    def manifest(self) -> dict[str, Any]:
+        """What an output says about how it came to be."""
+        return {
+            "reattend": reattend.__version__,
+            "recipe": self.plan.recipe.model_dump(mode="json"),
+            "source": fingerprint(self.plan.checkpoint),
+            "texts": {purpose: text.sha256 for purpose, text in self.calibration.texts.items()},
+            "tolerance": self.plan.tolerance,
+        }
+
+    def key(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed; times of change catch weights edited meanwhile."""
+        folder = Path(self.plan.checkpoint.files.name)
+        times = {f: (folder / f).stat().st_mtime_ns for f in sorted(self.plan.checkpoint.digests)}
+        headers = [hashlib.sha256(h).hexdigest() for s in self.plan.stages for h in s.layout.headers.values()]
+        return {**self.manifest(), "times": times, "headers": headers, "device": self.calibration.device}
 
 
 def apply(
-    recipe: str | os.PathLike[str] | Sequence[BaseModel],
+    recipe: str | os.PathLike[str] | Recipe,
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    device: str = "cpu",
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = silent,
 ) -> Plan:
     """Write `model` rewritten by `recipe` to the folder `out`; return the plan that was run.
 
-    `progress(done, total)` is told source bytes. Raises `Refusal` before anything is written, or, for NaN
-    and inf in the weights, after removing what was; `Failure` when the disk fails, keeping the part for
-    `resume`. The same inputs give the same bytes, interrupted or not.
+    Calibration runs on `device`. `progress` is told source bytes ("rewriting") and layers ("calibrating").
+    Raises `Refusal` before anything is written, or, for NaN and inf in the weights, after removing what was;
+    `Failure` when the disk fails, keeping the part for `resume`. The same inputs on the same kind of device
+    give the same bytes, interrupted or not.
     """
-    planned = plan(recipe, _local(model), max_shard_bytes=max_shard_bytes)
+    plan(recipe, model)  # what can't be done is refused before a Hub repository is downloaded
+    planned = plan(recipe, open_files(model).download())
+    texts = check_texts(planned)
+    if texts:
+        check_device(device)
+    run = _Run(planned, Calibration(planned.recipe, texts, device, progress), progress)
     target = Path(os.path.abspath(out))
     _check_place(planned, target)
-    staging = Staging(target, _run_key(planned), resume=resume, overwrite=overwrite)
-    with staging:
+    with Staging(target, run.key(), resume=resume, overwrite=overwrite) as staging:
         _check_space(planned, staging)
         try:
-            staging.open_shards(planned.layout)
-            _stream(planned, staging, progress)
-            _write_sidecars(planned, staging)
+            _run_stages(run, staging)
             staging.commit()
         except Refusal:
             staging.discard()
@@ -58,12 +84,6 @@ def apply(
             kept = f"what was written is kept in {staging.folder} for --resume"
             raise Failure(f"{target}: {error.strerror or error}; {kept}") from error
     return planned
-
-
-def _local(model: str | os.PathLike[str]) -> Path:
-    """Return the folder of a model, downloading a Hub repository if that is what `model` names."""
-    files = open_files(model)
-    return files.path if isinstance(files, LocalFolder) else files.download()
 
 
 def _check_place(planned: Plan, out: Path) -> None:
@@ -89,73 +109,41 @@ def _check_space(planned: Plan, staging: Staging) -> None:
         raise Refusal(f"{staging.out}: needs {planned.disk_bytes} bytes, {free} are free")
 
 
-def _run_key(planned: Plan) -> dict[str, Any]:
-    """What must be the same for a run to be resumed; times of change catch weights edited meanwhile."""
-    folder = Path(planned.checkpoint.files.name)
-    times = {f: (folder / f).stat().st_mtime_ns for f in sorted(planned.checkpoint.digests)}
-    headers = [hashlib.sha256(header).hexdigest() for header in planned.layout.headers.values()]
-    return {**_manifest(planned), "times": times, "headers": headers}
+def _run_stages(run: _Run, staging: Staging) -> None:
+    """Run every step; all but the last leave an intermediate model in the work folder."""
+    folder = Path(run.plan.checkpoint.files.name)
+    staging.work.mkdir(exist_ok=True)
+    *earlier, last = run.plan.stages
+    for number, stage in enumerate(earlier, 1):
+        made = staging.work / f"model-{number}"
+        if not made.exists():
+            with Staging(made, {"stage": number}, resume=True, overwrite=False) as inner:
+                _run_stage(run, stage, folder, inner)
+                inner.commit()
+        if number > 1:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder = made
+    _run_stage(run, last, folder, staging)
 
 
-def _manifest(planned: Plan) -> dict[str, Any]:
-    return {
-        "reattend": reattend.__version__,
-        "steps": [step.model_dump(mode="json") for step in planned.steps],
-        "source": fingerprint(planned.checkpoint),
-        "tolerance": planned.transform.tolerance,
-    }
+def _run_stage(run: _Run, stage: Stage, folder: Path, staging: Staging) -> None:
+    checkpoint = run.plan.checkpoint if stage is run.plan.stages[0] else open_checkpoint(folder)
+    staging.work.mkdir(exist_ok=True)
+    statistics = run.calibration.statistics(stage, folder, staging)
+    stream(stage, checkpoint, statistics, staging, run.progress)
+    _write_sidecars(run, stage, checkpoint, staging)
 
 
-def _stream(planned: Plan, staging: Staging, progress: Progress) -> None:
-    reader = ShardReader(Path(planned.checkpoint.files.name))
-    done, total = 0, planned.checkpoint.nbytes
-    try:
-        for number, group in enumerate(planned.groups):
-            if number not in staging.done:
-                run = _copy if planned.is_copy(group) else _rewrite
-                run(planned, group, reader, staging)
-                staging.finish_group(number)
-            done += sum(planned.source.tensors[name].nbytes for name in group.reads)
-            progress(done, total)
-    finally:
-        reader.close()
-
-
-def _copy(planned: Plan, group: Group, reader: ShardReader, staging: Staging) -> None:
-    stored = planned.checkpoint.tensors[group.reads[0]]
-    file, start = planned.layout.places[stored.spec.name]
-    for offset, block in reader.blocks(stored):
-        if not all_finite(block, stored.spec.dtype):
-            raise Refusal(f"{stored.file}: tensor {stored.spec.name!r} holds NaN or inf")
-        staging.write(file, bytes_view(block), start + offset)
-
-
-def _rewrite(planned: Plan, group: Group, reader: ShardReader, staging: Staging) -> None:
-    tensors = {name: reader.read(planned.checkpoint.tensors[name]) for name in group.reads}
-    written = planned.transform.apply(group, tensors)
-    for spec in group.writes:
-        tensor = written[spec.name]
-        data = tensor_bytes(tensor)
-        assert tuple(tensor.shape) == spec.shape, spec
-        assert len(data) == spec.nbytes, spec
-        # A NaN or inf that goes in comes out in some float: so only what is written needs the look.
-        if not all_finite(torch.frombuffer(data, dtype=torch.uint8), spec.dtype):
-            raise Refusal(f"tensors {', '.join(group.reads)}: hold NaN or inf")
-        file, start = planned.layout.places[spec.name]
-        staging.write(file, data, start)
-
-
-def _write_sidecars(planned: Plan, staging: Staging) -> None:
+def _write_sidecars(run: _Run, stage: Stage, checkpoint: Checkpoint, staging: Staging) -> None:
     """Copy every other file, then write what declares the checkpoint complete."""
-    folder = Path(planned.checkpoint.files.name)
-    for file in planned.checkpoint.sidecars:
-        staging.copy_file(folder / file, file)
-    staging.add_file("recipe.yaml", dump_recipe(list(planned.steps)).encode())
-    staging.add_file("reattend.json", _json(_manifest(planned)))
-    index = planned.layout.index()
+    for file in checkpoint.sidecars:
+        staging.copy_file(Path(checkpoint.files.name) / file, file)
+    staging.add_file("recipe.yaml", dump_recipe(run.plan.recipe).encode())
+    staging.add_file("reattend.json", _json(run.manifest()))
+    index = stage.layout.index()
     if index is not None:
         staging.add_file(INDEX, index)
-    staging.add_file("config.json", _json(dict(planned.result.config)))
+    staging.add_file("config.json", _json(dict(stage.result.config)))
 
 
 def _json(value: dict[str, Any]) -> bytes:

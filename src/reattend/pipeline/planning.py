@@ -1,7 +1,6 @@
 """plan(): what a recipe would do to a checkpoint, from headers and config alone."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +8,10 @@ from pydantic import BaseModel
 
 from reattend.checkpoint.header import BITS, TensorSpec
 from reattend.checkpoint.index import Checkpoint, open_checkpoint
-from reattend.checkpoint.staging import MAX_SHARD_BYTES, Layout, lay_out
+from reattend.checkpoint.staging import Layout, lay_out
 from reattend.errors import Refusal
-from reattend.families import Source, source_of
-from reattend.recipes.schema import load_recipe
+from reattend.families import Source, describe, source_of
+from reattend.recipes.schema import Recipe, load_recipe
 from reattend.transform import Group, Transform
 
 # Resident bytes of a Python process with torch and the copy buffers; scripts/bench/streaming saw 0.33 GB in all.
@@ -20,25 +19,32 @@ PROCESS_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A recipe bound to a checkpoint. `groups` in the order of work; `layout` places every output tensor."""
+class Stage:
+    """One step bound to what it reads. `groups` in the order of work; `layout` places every tensor written."""
 
-    checkpoint: Checkpoint
+    step: BaseModel
     source: Source
     result: Source
-    steps: tuple[BaseModel, ...]
-    transform: Transform
     groups: tuple[Group, ...]
     layout: Layout
     remarks: tuple[str, ...]
 
     @property
-    def peak_bytes(self) -> int:
-        """Estimated peak memory in bytes: the largest group, in and out, plus the process."""
-        sizes = (self._group_bytes(group) for group in self.groups if not self.is_copy(group))
-        return PROCESS_BYTES + max(sizes, default=0)
+    def transform(self) -> Transform:
+        """The step as a transform."""
+        return self.step  # type: ignore[return-value]
 
-    def _group_bytes(self, group: Group) -> int:
+    @property
+    def changed(self) -> list[Group]:
+        """The groups that do not just keep a tensor."""
+        return [group for group in self.groups if not self.is_copy(group)]
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of the largest group, in and out."""
+        return max((self._bytes(group) for group in self.changed), default=0)
+
+    def _bytes(self, group: Group) -> int:
         reads = sum(self.source.tensors[name].nbytes for name in group.reads)
         return reads + sum(spec.nbytes for spec in group.writes)
 
@@ -46,33 +52,88 @@ class Plan:
         """Whether a group is one tensor kept as it is."""
         return len(group.reads) == 1 and group.writes == (self.source.tensors[group.reads[0]],)
 
+    def summary(self) -> dict[str, Any]:
+        """Return the step as plain data, sizes in bytes."""
+        return {
+            **self.step.model_dump(mode="json"),
+            "tensors_rewritten": sum(len(group.reads) for group in self.changed),
+            "tensors_written": sum(len(group.writes) for group in self.changed),
+            "tensors_kept": len(self.groups) - len(self.changed),
+            "bytes_after": self.layout.nbytes,
+            "texts": list(self.transform.texts),
+            "changes": [_change(self.source, group) for group in self.changed],
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe bound to a checkpoint: one stage per step, each reading what the one before wrote."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    stages: tuple[Stage, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def source(self) -> Source:
+        """The model as it is."""
+        return self.stages[0].source
+
+    @property
+    def result(self) -> Source:
+        """The model as it will be."""
+        return self.stages[-1].result
+
+    @property
+    def layout(self) -> Layout:
+        """Where the output's tensors go."""
+        return self.stages[-1].layout
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that the steps need."""
+        return tuple(sorted({text for stage in self.stages for text in stage.transform.texts}))
+
+    @property
+    def tolerance(self) -> float:
+        """The relative L2 error of logits that `verify` allows: the steps' errors add at most."""
+        return sum(stage.transform.tolerance for stage in self.stages)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimated peak memory in bytes of the rewrite: the largest group, in and out, plus the process."""
+        return PROCESS_BYTES + max(stage.group_bytes for stage in self.stages)
+
     @property
     def disk_bytes(self) -> int:
-        """Bytes that the output takes, sidecars included."""
+        """Bytes that the output takes, sidecars included, and the intermediate model between two steps."""
         sidecars = sum(self.checkpoint.sizes[f] for f in self.checkpoint.sidecars)
-        return self.layout.nbytes + sum(map(len, self.layout.headers.values())) + sidecars
+        sizes = [s.layout.nbytes + sum(map(len, s.layout.headers.values())) + sidecars for s in self.stages]
+        return max(here + before for here, before in zip(sizes, [0, *sizes], strict=False))
 
     def summary(self) -> dict[str, Any]:
         """Return the plan as plain data, sizes in bytes."""
-        changed = [group for group in self.groups if not self.is_copy(group)]
+        engines = [stage.transform.engines(stage.source) for stage in self.stages]
         return {
             "model": self.checkpoint.files.name,
-            "steps": [step.model_dump(mode="json") for step in self.steps],
-            "tensors_rewritten": sum(len(group.reads) for group in changed),
-            "tensors_written": sum(len(group.writes) for group in changed),
-            "tensors_kept": len(self.groups) - len(changed),
             "bytes_before": self.checkpoint.nbytes,
             "bytes_after": self.layout.nbytes,
             "ratio": round(self.layout.nbytes / self.checkpoint.nbytes, 4),
+            "parameters_before": _parameters(self.source),
+            "parameters_after": _parameters(self.result),
             "cache_bytes_per_token_before": cache_bytes(self.source),
             "cache_bytes_per_token_after": cache_bytes(self.result),
             "peak_memory_bytes": self.peak_bytes,
             "disk_bytes": self.disk_bytes,
             "shards": len(self.layout.headers),
-            "engines": self.transform.engines(self.source),
+            "engines": engines[-1],
             "remarks": list(self.remarks),
-            "changes": [_change(self.source, group) for group in changed],
+            "steps": [stage.summary() for stage in self.stages],
         }
+
+
+def _parameters(source: Source) -> int:
+    return sum(spec.numel for spec in source.tensors.values())
 
 
 def cache_bytes(source: Source) -> int:
@@ -89,43 +150,49 @@ def _change(source: Source, group: Group) -> dict[str, Any]:
     return {"reads": reads, "writes": [show(spec) for spec in group.writes]}
 
 
-def plan(
-    recipe: str | os.PathLike[str] | Sequence[BaseModel],
-    model: str | os.PathLike[str],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Plan:
-    """Plan `recipe` (a YAML path, a built-in name, or steps) on `model` (a folder or a Hub id).
+def plan(recipe: str | os.PathLike[str] | Recipe, model: str | os.PathLike[str]) -> Plan:
+    """Plan `recipe` (a YAML path, a built-in name, or a `Recipe`) on `model` (a folder or a Hub id).
 
     Reads headers and config only. Raises `Refusal` for anything that `apply` could not do.
     """
-    steps = load_recipe(recipe) if isinstance(recipe, (str, os.PathLike)) else list(recipe)
-    if len(steps) != 1:
-        raise Refusal("a recipe of several steps is not supported yet: apply them one after the other")
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     checkpoint = open_checkpoint(model)
     source = source_of(checkpoint)
-    transform: Transform = steps[0]  # type: ignore[assignment]
-    remarks = transform.check(source)
+    places = {name: (stored.file, stored.start) for name, stored in checkpoint.tensors.items()}
+    stages: list[Stage] = []
+    for number, step in enumerate(loaded.steps):
+        if number:
+            source, places = _next_source(stages[-1]), stages[-1].layout.places
+        stages.append(_stage(step, source, places, checkpoint.metadata, loaded.max_shard_bytes))
+    remarks = [remark for stage in stages for remark in stage.remarks]
     if checkpoint.ignored:
         remarks.append(f"not copied, as they hold other weights: {', '.join(checkpoint.ignored)}")
-    groups = _ordered(checkpoint, list(transform.groups(source)))
+    return Plan(checkpoint, loaded, tuple(stages), tuple(remarks))
+
+
+def _next_source(stage: Stage) -> Source:
+    return describe(stage.result.config, stage.result.tensors)
+
+
+def _stage(
+    step: BaseModel, source: Source, places: dict[str, tuple[str, int]], metadata: dict[str, str], max_bytes: int
+) -> Stage:
+    transform: Transform = step  # type: ignore[assignment]
+    remarks = transform.check(source)
+    groups = _ordered(source, list(transform.groups(source)), places)
     written = [spec for group in groups for spec in group.writes]
     _check_distinct(written)
-    layout = lay_out(written, {"format": "pt"} | checkpoint.metadata, max_shard_bytes)
+    layout = lay_out(written, {"format": "pt"} | metadata, max_bytes)
     result = Source(transform.edit_config(source), source.family, {s.name: s for s in written}, source.prefix)
-    return Plan(checkpoint, source, result, tuple(steps), transform, groups, layout, tuple(remarks))
+    return Stage(step, source, result, groups, layout, tuple(remarks))
 
 
-def _ordered(checkpoint: Checkpoint, groups: list[Group]) -> tuple[Group, ...]:
+def _ordered(source: Source, groups: list[Group], places: dict[str, tuple[str, int]]) -> tuple[Group, ...]:
     """Add the kept tensors as groups of their own; order all by where they lie, for sequential reads."""
     taken = {name for group in groups for name in group.reads}
-    kept = (s.spec for name, s in checkpoint.tensors.items() if name not in taken)
+    kept = (spec for name, spec in source.tensors.items() if name not in taken)
     every = groups + [Group((spec.name,), (spec,)) for spec in kept]
-
-    def place(group: Group) -> tuple[str, int]:
-        return min((checkpoint.tensors[n].file, checkpoint.tensors[n].start) for n in group.reads)
-
-    return tuple(sorted(every, key=place))
+    return tuple(sorted(every, key=lambda group: min(places[name] for name in group.reads)))
 
 
 def _check_distinct(written: list[TensorSpec]) -> None:

@@ -5,6 +5,7 @@ saves logits of the given token ids (one window, 1-D).
 """
 
 import json
+import math
 import sys
 import warnings
 from importlib.abc import MetaPathFinder
@@ -48,21 +49,37 @@ def _check_numbers(folder: Path) -> list[str]:
     return problems
 
 
-def _load(folder: Path) -> tuple[Any, list[str]]:
+def _places(folder: Path, scratch: Path) -> dict[str, Any]:
+    """Leave the weights of a model on the disk that would not fit into memory."""
+    import psutil
+    from safetensors import safe_open
+
+    numbers = 0
+    for file in _files(folder):
+        with safe_open(folder / file, "pt") as shard:
+            numbers += sum(math.prod(shard.get_slice(name).get_shape()) for name in shard.keys())  # noqa: SIM118
+    if 4 * numbers < 0.8 * psutil.virtual_memory().available:
+        return {}
+    if "quantization_config" in json.loads((folder / "config.json").read_text("utf-8")):
+        raise SystemExit("it does not fit into memory, and quantised weights can't be offloaded to the disk")
+    return {"device_map": {"": "disk"}, "offload_folder": scratch}
+
+
+def _load(folder: Path, scratch: Path) -> tuple[Any, list[str]]:
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     names = json.loads((folder / "config.json").read_text("utf-8")).get("architectures")
     kind = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
-    model, info = kind.from_pretrained(folder, dtype="float32", output_loading_info=True)
+    model, info = kind.from_pretrained(folder, dtype="float32", output_loading_info=True, **_places(folder, scratch))
     problems = [
         f"{kind_}: {sorted(map(str, info[kind_]))[0]} (of {len(info[kind_])})"
         for kind_ in ("missing_keys", "unexpected_keys", "mismatched_keys")
         if info.get(kind_)
     ]
     for parameter in model.parameters():  # bitsandbytes' loader leaves some in their stored dtype
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and parameter.device.type != "meta":
             parameter.data = parameter.data.float()
     return model.eval(), problems
 
@@ -82,7 +99,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     folder, ids, result, logits = map(Path, sys.argv[1:])
     problems = _check_numbers(folder)
-    model, unloaded = _load(folder)
+    model, unloaded = _load(folder, result.parent)
     out = _logits(model, json.loads(ids.read_text()))
     if not torch.isfinite(out).all():
         problems.append("logits hold NaN or inf")

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import Checkpoint, fingerprint, open_checkpoint, read_json
 from reattend.errors import Failure, Refusal
 from reattend.families import source_of
@@ -33,8 +34,7 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
     folder = Path(out)
     checkpoint = open_checkpoint(folder)
     manifest = _manifest(checkpoint)
-    if against is not None:
-        _check_source(manifest, against)
+    source = None if against is None else _source(manifest, against)
     ids = _token_ids(checkpoint, folder)
     with tempfile.TemporaryDirectory() as scratch:
         problems = _probe(folder, ids, Path(scratch), "out")
@@ -43,9 +43,9 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
             "problems": problems,
             "tensors": len(checkpoint.tensors),
         }
-        if against is None:
+        if source is None:
             return report
-        problems += [f"source: {p}" for p in _probe(Path(against), ids, Path(scratch), "source")]
+        problems += [f"source: {p}" for p in _probe(source, ids, Path(scratch), "source")]
         error = _distance(Path(scratch))
     report |= {"logits_error": error, "tolerance": manifest["tolerance"], "tokens": len(ids)}
     if not error <= manifest["tolerance"]:
@@ -60,11 +60,10 @@ def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
     return manifest
 
 
-def _check_source(manifest: dict[str, Any], against: str | os.PathLike[str]) -> None:
-    if not Path(against).is_dir():
-        raise Refusal(f"{against}: not a folder")
+def _source(manifest: dict[str, Any], against: str | os.PathLike[str]) -> Path:
     if fingerprint(open_checkpoint(against)) != manifest["source"]:
         raise Refusal(f"{against}: is not the source that reattend.json records")
+    return open_files(against).download()
 
 
 def _token_ids(checkpoint: Checkpoint, folder: Path) -> list[int]:

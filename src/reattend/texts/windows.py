@@ -52,4 +52,3 @@ def read_windows(
 def _adds_bos(encoded: Any, tokenizer: Any) -> bool:
     bos = tokenizer.bos_token_id
     return bos is not None and encoded.input_ids[0] == bos
-

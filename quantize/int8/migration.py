@@ -1,0 +1,118 @@
+"""Smoothing of one layer: the factors that calibration finds, and the weights that take them up."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reattend.calibration.layerwise import LayerPass
+from reattend.families import Feed, Source
+from reattend.quantize.int8.smoothing import best_factors, share
+
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_ROWS = 2048  # tokens of the selection text that the search looks at: enough to rank, bounded in memory
+
+
+def layer_factors(layer: LayerPass, source: Source) -> dict[str, Tensor]:
+    """Return the factors s_I of every feed of a layer, by the producer's name, and the alphas chosen.
+
+    Ranges come from the calibration text, alpha from the selection text.
+    """
+    feeds = source.family.feeds
+    watches = {feed: _Watch() for feed in feeds}
+    with ExitStack() as stack:
+        for feed, watch in watches.items():
+            module = layer.module.get_submodule(feed.consumers[0])
+            stack.callback(module.register_forward_hook(watch.hook(layer)).remove)
+        layer.run()
+    found = {}
+    for feed, watch in watches.items():
+        alpha, factors = _search(layer.module, feed, source, watch)
+        found[feed.producer] = factors.cpu()
+        found[f"{feed.producer}.alpha"] = torch.tensor([alpha])
+    return found
+
+
+class _Watch:
+    """The range of one linear's input over the calibration text, and its rows on the selection text."""
+
+    def __init__(self) -> None:
+        self.absmax: Tensor | None = None
+        self.rows: list[Tensor] = []
+
+    def hook(self, layer: LayerPass) -> Any:
+        """Return a forward hook."""
+
+        def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].reshape(-1, inputs[0].shape[-1])
+            if layer.text == "calibration":
+                here = x.abs().amax(0)
+                self.absmax = here if self.absmax is None else torch.maximum(self.absmax, here)
+            elif sum(map(len, self.rows)) < _ROWS:
+                self.rows.append(x.clone())
+
+        return watch
+
+
+def _search(layer: nn.Module, feed: Feed, source: Source, watch: _Watch) -> tuple[float, Tensor]:
+    assert watch.absmax is not None
+    weights = [layer.get_parameter(f"{name}.weight").detach() for name in feed.consumers]
+    absmax, weight_absmax = watch.absmax, torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    if absmax.numel() != producer_rows(feed, source):
+        heads = int(source.get("heads"))
+        absmax, weight_absmax = (share(v, heads, source.num_kv_heads) for v in (absmax, weight_absmax))
+    return best_factors(torch.cat(watch.rows), weights, absmax, weight_absmax, ALPHAS)
+
+
+def producer_rows(feed: Feed, source: Source) -> int:
+    """Output channels of a feed's producer: fewer than the consumers' columns where KV heads are shared."""
+    if feed.rows is not None:
+        return source.size(feed.rows[1]) - source.size(feed.rows[0])
+    linear = source.family.linears.get(feed.producer)
+    return source.size(linear[0]) if linear else source.size("hidden")
+
+
+def migrate(
+    tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor], prefix: str, source: Source
+) -> dict[str, Tensor]:
+    """Return a layer's tensors (any float dtype -> fp32) with every feed's s moved from producer to consumers.
+
+    `prefix` is the layer's, as `model.layers.3.`; tensors that no feed touches come back as they are.
+    """
+    moved = {name: tensor.float() for name, tensor in tensors.items()}
+    for feed in source.family.feeds:
+        s_I = factors[feed.producer]
+        for consumer in feed.consumers:
+            moved[f"{prefix}{consumer}.weight"] = moved[f"{prefix}{consumer}.weight"] * s_I
+        _divide(moved, feed, prefix, _per_row(s_I, feed, source), source)
+    return moved
+
+
+def _per_row(s_I: Tensor, feed: Feed, source: Source) -> Tensor:
+    """The factor of each output channel of the producer, from those of the consumers' columns."""
+    rows = producer_rows(feed, source)
+    if s_I.numel() == rows:
+        return s_I
+    return s_I.reshape(source.num_kv_heads, -1, source.head_dim)[:, 0].reshape(rows)
+
+
+def _divide(moved: dict[str, Tensor], feed: Feed, prefix: str, s_R: Tensor, source: Source) -> None:
+    start, stop = (source.size(symbol) for symbol in feed.rows) if feed.rows else (0, len(s_R))
+    for kind in ("weight", "bias"):
+        name = f"{prefix}{feed.producer}.{kind}"
+        if name not in moved:
+            continue
+        tensor = moved[name].clone()
+        tensor[start:stop] /= s_R.reshape(-1, *[1] * (tensor.ndim - 1))
+        moved[name] = tensor
+
+
+def layer_tensors(source: Source, prefix: str) -> list[str]:
+    """Names of a layer's tensors that smoothing touches: weights and biases of producers and consumers."""
+    modules = {m for feed in source.family.feeds for m in (feed.producer, *feed.consumers)}
+    names = [f"{prefix}{module}.{kind}" for module in sorted(modules) for kind in ("weight", "bias")]
+    produced = {feed.producer for feed in source.family.feeds}
+    biases = {f"{prefix}{m}.bias" for m in modules - produced}  # a consumer's bias stays as it is
+    return [name for name in names if name in source.tensors and name not in biases]

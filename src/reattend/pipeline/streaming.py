@@ -1,0 +1,66 @@
+"""Stream a step's groups from shards to the staged output."""
+
+from pathlib import Path
+
+import torch
+
+from reattend.checkpoint.index import Checkpoint
+from reattend.checkpoint.staging import Staging
+from reattend.checkpoint.tensors import ShardReader, all_finite, bytes_view, tensor_bytes
+from reattend.errors import Refusal
+from reattend.pipeline.calibrating import Statistics
+from reattend.pipeline.planning import Stage
+from reattend.progress import Progress
+from reattend.transform import Group
+
+
+def stream(
+    stage: Stage, checkpoint: Checkpoint, statistics: Statistics, staging: Staging, progress: Progress
+) -> None:
+    """Rewrite `checkpoint` group by group, skipping the groups that the staging folder holds already."""
+    staging.open_shards(stage.layout)
+    reader = ShardReader(Path(checkpoint.files.name))
+    done = 0
+    try:
+        for number, group in enumerate(stage.groups):
+            if number not in staging.done:
+                if stage.is_copy(group):
+                    _copy(stage, checkpoint, group, reader, staging)
+                else:
+                    _rewrite(stage, checkpoint, group, reader, staging, statistics)
+                staging.finish_group(number)
+            done += sum(stage.source.tensors[name].nbytes for name in group.reads)
+            progress("rewriting", done, checkpoint.nbytes)
+    finally:
+        reader.close()
+
+
+def _copy(stage: Stage, checkpoint: Checkpoint, group: Group, reader: ShardReader, staging: Staging) -> None:
+    stored = checkpoint.tensors[group.reads[0]]
+    file, start = stage.layout.places[stored.spec.name]
+    for offset, block in reader.blocks(stored):
+        if not all_finite(block, stored.spec.dtype):
+            raise Refusal(f"{stored.file}: tensor {stored.spec.name!r} holds NaN or inf")
+        staging.write(file, bytes_view(block), start + offset)
+
+
+def _rewrite(
+    stage: Stage,
+    checkpoint: Checkpoint,
+    group: Group,
+    reader: ShardReader,
+    staging: Staging,
+    statistics: Statistics,
+) -> None:
+    tensors = {name: reader.read(checkpoint.tensors[name]) for name in group.reads}
+    written = stage.transform.apply(group, tensors, statistics, stage.source)
+    for spec in group.writes:
+        tensor = written[spec.name]
+        data = tensor_bytes(tensor)
+        assert tuple(tensor.shape) == spec.shape, spec
+        assert len(data) == spec.nbytes, spec
+        # A NaN or inf that goes in comes out in some float: so only what is written needs the look.
+        if not all_finite(torch.frombuffer(data, dtype=torch.uint8), spec.dtype):
+            raise Refusal(f"tensors {', '.join(group.reads)}: hold NaN or inf")
+        file, start = stage.layout.places[spec.name]
+        staging.write(file, data, start)
