@@ -49,7 +49,7 @@ def int8_linear(
     if threshold is not None:
         found = dynamic_outliers(x_MI, codes, scale_O, threshold)
         outliers = found if len(found.columns) else None
-    run = _choose(backend, x_MI)
+    run = _route(backend, x.device.type, x.shape[-1])
     y_MO: Tensor = run(x_MI, codes, scale_O, bias, outliers, activations == "int8")
     return y_MO.reshape(*x.shape[:-1], codes.shape[0])
 
@@ -59,13 +59,15 @@ def _check(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None
         raise ValueError(f"int8_linear: x is {x.dtype}, not fp32, fp16 or bf16")
     if codes.dtype != torch.int8 or codes.dim() != 2 or not codes.is_contiguous():
         raise ValueError("int8_linear: codes must be a contiguous int8 matrix (O, I)")
-    if x.dim() == 0 or x.shape[-1] != codes.shape[1] or not codes.shape[1]:
+    outputs, inputs = codes.shape
+    if x.dim() == 0 or x.shape[-1] != inputs or not inputs:
         raise ValueError(f"int8_linear: x {tuple(x.shape)} does not fit codes {tuple(codes.shape)}")
-    if scale.dtype != torch.float32 or scale.numel() != codes.shape[0]:
-        raise ValueError(f"int8_linear: scale must be fp32 with one number for each of {codes.shape[0]} outputs")
-    if bias is not None and bias.shape != codes.shape[:1]:
+    if scale.dtype != torch.float32 or scale.numel() != outputs or not scale.is_contiguous():
+        raise ValueError(f"int8_linear: scale must be fp32 with one number for each of {outputs} outputs")
+    if bias is not None and (bias.dim() != 1 or len(bias) != outputs):
         raise ValueError(f"int8_linear: bias {tuple(bias.shape)} does not fit codes {tuple(codes.shape)}")
-    if any(t.device != x.device for t in (codes, scale, *(() if bias is None else (bias,)))):
+    device = x.device
+    if codes.device != device or scale.device != device or (bias is not None and bias.device != device):
         raise ValueError("int8_linear: x, codes, scale and bias must be on one device")
 
 
@@ -93,14 +95,15 @@ def _inside(columns: Tensor, inputs: int) -> bool:
     return columns.dtype == torch.int64 and int(columns[0]) >= 0 and int(columns[-1]) < inputs
 
 
-def _choose(backend: str, x_MI: Tensor) -> Any:
+@functools.lru_cache(maxsize=256)
+def _route(backend: str, device: str, inputs: int) -> Any:
+    """Return the function that runs; kept, so that a call costs one look-up. Raises where none can."""
     if backend == "auto":
-        backend, reason = _fastest(x_MI.device.type, x_MI.shape[1])
+        backend, reason = _fastest(device, inputs)
         _log_once(backend, reason)
-    routes = {"triton": _triton, "native": _native, "torch": _torch}
-    if backend not in routes:
+    if backend not in _ROUTES:
         raise ValueError(f"int8_linear: backend={backend!r}, not 'auto', 'triton', 'native' or 'torch'")
-    return routes[backend]
+    return _ROUTES[backend](device, inputs)
 
 
 @functools.cache
@@ -108,7 +111,6 @@ def _log_once(backend: str, reason: str) -> None:
     _LOG.info("int8_linear: %s, because %s", backend, reason)
 
 
-@functools.lru_cache(maxsize=256)
 def _fastest(device: str, inputs: int) -> tuple[str, str]:
     if device == "cuda":
         return "triton", "the tensors are on a GPU"
@@ -122,38 +124,31 @@ def _fastest(device: str, inputs: int) -> tuple[str, str]:
     return "native", "it is exact and the fastest on CPUs with AVX2"
 
 
-def _triton(
-    x_MI: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, outliers: Outliers | None, quantize: bool
-) -> Tensor:
+def _triton(device: str, inputs: int) -> Any:
     try:
         import triton
     except ImportError as error:
         raise RuntimeError("int8_linear: backend 'triton' asked for, and triton is not installed") from error
-    if x_MI.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise RuntimeError(f"int8_linear: backend 'triton' can't run on {x_MI.device.type}")
+    if device != "cuda" and not triton.knobs.runtime.interpret:
+        raise RuntimeError(f"int8_linear: backend 'triton' can't run on {device}")
     from reattend.kernels.int8_linear import kernel
 
-    if x_MI.shape[0] == 0 or codes.shape[0] == 0:
-        return x_MI.new_empty(len(x_MI), len(codes))
-    if not quantize:
-        return kernel.w8a16(x_MI, codes, scale, bias)
-    return kernel.w8a8(x_MI, codes, scale, bias, outliers)
+    return kernel.int8_linear
 
 
-def _native(
-    x_MI: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, outliers: Outliers | None, quantize: bool
-) -> Tensor:
+def _native(device: str, inputs: int) -> Any:
     from reattend.kernels.int8_linear import native
 
-    missing = native.unavailable() or native.too_wide(x_MI.shape[1])
-    if missing or x_MI.device.type != "cpu":
-        raise RuntimeError(f"int8_linear: backend 'native' can't run: {missing or 'tensors are not on the CPU'}")
-    return native.int8_linear(x_MI, codes, scale, bias, outliers, quantize)
+    missing = native.unavailable() or native.too_wide(inputs)
+    if missing or device != "cpu":
+        raise RuntimeError(f"int8_linear: backend 'native' can't run: {missing or f'tensors are on {device}'}")
+    return native.int8_linear
 
 
-def _torch(
-    x_MI: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, outliers: Outliers | None, quantize: bool
-) -> Tensor:
+def _torch(device: str, inputs: int) -> Any:
     from reattend.kernels.int8_linear import cpu
 
-    return cpu.w8a8(x_MI, codes, scale, bias, outliers) if quantize else cpu.w8a16(x_MI, codes, scale, bias)
+    return cpu.int8_linear
+
+
+_ROUTES = {"triton": _triton, "native": _native, "torch": _torch}

@@ -22,6 +22,15 @@ _INT8PACK_ROWS = 8
 _packed: Any = WeakTensorKeyDictionary()
 
 
+def int8_linear(
+    x_MI: Tensor, codes_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None, outliers: Outliers | None, quantize: bool
+) -> Tensor:
+    """Both forms of the linear (M, O)."""
+    if quantize:
+        return w8a8(x_MI, codes_OI, scale_O, bias_O, outliers)
+    return w8a16(x_MI, codes_OI, scale_O, bias_O)
+
+
 def w8a8(
     x_MI: Tensor, codes_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None = None, outliers: Outliers | None = None
 ) -> Tensor:

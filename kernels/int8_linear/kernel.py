@@ -236,3 +236,14 @@ def w8a16(x_MI: Tensor, codes_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None
         bias_O is not None, config.block_m, config.block_o, config.block_i, enable_fp_fusion=True, **_options(config),
     )  # fmt: skip
     return y_MO
+
+
+def int8_linear(
+    x_MI: Tensor, codes_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None, outliers: Outliers | None, quantize: bool
+) -> Tensor:
+    """Both forms of the linear (M, O)."""
+    if not len(x_MI) or not len(codes_OI):
+        return x_MI.new_empty(len(x_MI), len(codes_OI))
+    if quantize:
+        return w8a8(x_MI, codes_OI, scale_O, bias_O, outliers)
+    return w8a16(x_MI, codes_OI, scale_O, bias_O)

@@ -214,6 +214,7 @@ def test_wrong_inputs_are_refused():
 
 def test_auto_says_once_what_it_took(caplog):
     op._log_once.cache_clear()
+    op._route.cache_clear()
     codes, scale, _ = layer(8, 32)
     with caplog.at_level(logging.INFO, "reattend.kernels.int8_linear"):
         int8_linear(rows(2, 32), codes, scale)

@@ -58,9 +58,12 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `int8_linear`."""
+        held = self._buffers  # nn.Module's attribute look-up costs as much as a small product
+        columns, weight = held["outlier_columns"], held["outlier_weight"]
+        outliers = None if columns is None or weight is None else Outliers(columns, weight)
         return int8_linear(
-            input, self.codes, self.scale, self.bias,
-            activations=self.activations, outliers=self.outliers, threshold=self.threshold,
+            input, held["codes"], held["scale"], held["bias"],  # type: ignore[arg-type]
+            activations=self.activations, outliers=outliers, threshold=self.threshold,
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
