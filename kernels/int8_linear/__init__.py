@@ -45,7 +45,7 @@ def int8_linear(
     x_MI = x.reshape(-1, x.shape[-1])
     if x_MI.stride(1) != 1:
         x_MI = x_MI.contiguous()
-    scale_O = scale.reshape(-1)
+    scale_O = scale if scale.dim() == 1 else scale.reshape(-1)
     if threshold is not None:
         found = dynamic_outliers(x_MI, codes, scale_O, threshold)
         outliers = found if len(found.columns) else None

@@ -125,33 +125,42 @@ static float dot_floats(const float *x, const int8_t *w, int64_t count) {
     return total;
 }
 
-/* Scales and bias of RO outputs from `o`, zero past the end. */
-static void load_edge(const Linear *l, int64_t o, float scale[RO], float bias[RO]) {
+/* Scales, bias and outlier weights (N, RO) of RO outputs from `o`, zero past the end. */
+static void load_edge(const Linear *l, int64_t o, float scale[RO], float bias[RO], float *slice) {
     for (int j = 0; j < RO; j++) {
         scale[j] = o + j < l->outputs ? l->scale[o + j] : 0.0f;
         bias[j] = l->bias && o + j < l->outputs ? l->bias[o + j] : 0.0f;
+        for (int64_t n = 0; n < l->outliers; n++)
+            slice[n * RO + j] = o + j < l->outputs ? l->slice[(o + j) * l->outliers + n] : 0.0f;
     }
 }
 
 /* Epilogue of RO outputs of one row: scales, outliers, bias, and the cast to y's dtype. */
 static void finish_row(const Linear *l, float y[RO], int64_t m, int64_t o, const float scale[RO], const float bias[RO],
-                       float x_scale, const float *kept) {
+                       const float *slice, float x_scale, const float *kept) {
     int count = (int)(l->outputs - o < RO ? l->outputs - o : RO);
     for (int j = 0; j < RO; j++) y[j] = y[j] * x_scale * scale[j] + bias[j];
-    if (l->outliers)
-        for (int j = 0; j < count; j++)
-            for (int64_t n = 0; n < l->outliers; n++) y[j] += kept[n] * l->slice[(o + j) * l->outliers + n];
+    __m256 left = _mm256_loadu_ps(y), right = _mm256_loadu_ps(y + 8);
+    for (int64_t n = 0; n < l->outliers; n++) {
+        __m256 x = _mm256_broadcast_ss(kept + n);
+        left = _mm256_fmadd_ps(x, _mm256_loadu_ps(slice + n * RO), left);
+        right = _mm256_fmadd_ps(x, _mm256_loadu_ps(slice + n * RO + 8), right);
+    }
+    _mm256_storeu_ps(y, left);
+    _mm256_storeu_ps(y + 8, right);
     store_row(l, m, o, count, y);
 }
 
 /* Few rows: W is read once, straight from its rows. */
-static void few_rows(const Linear *l, const float *x, const int16_t *a, const float *x_scale, const float *kept) {
+static void few_rows(const Linear *l, const float *x, const int16_t *a, const float *x_scale, const float *kept,
+                     float *slices) {
     int64_t blocks = (l->outputs + RO - 1) / RO;
 #pragma omp parallel for num_threads(l->threads) schedule(static) if (l->threads > 1)
     for (int64_t block = 0; block < blocks; block++) {
         int64_t o = block * RO, count = l->outputs - o < RO ? l->outputs - o : RO;
         float scale[RO], bias[RO];
-        load_edge(l, o, scale, bias);
+        float *slice = slices + omp_get_thread_num() * l->outliers * RO;
+        load_edge(l, o, scale, bias, slice);
         for (int64_t m = 0; m < l->rows; m++) {
             float y[RO] = {0};
             for (int j = 0; j < count; j++) {
@@ -159,7 +168,7 @@ static void few_rows(const Linear *l, const float *x, const int16_t *a, const fl
                 y[j] = l->quantize ? (float)dot_codes(a + m * l->inputs, w, l->inputs)
                                    : dot_floats(x + m * l->inputs, w, l->inputs);
             }
-            finish_row(l, y, m, o, scale, bias, x_scale[m], kept + m * l->outliers);
+            finish_row(l, y, m, o, scale, bias, slice, x_scale[m], kept + m * l->outliers);
         }
     }
 }
@@ -289,14 +298,16 @@ static void prepare_row(const Linear *l, int64_t m, int panels, float *row, int1
 }
 
 /* Many rows: threads share x, each packs its own RO rows of W at a time. */
-static void many_rows(const Linear *l, const void *x, const float *x_scale, const float *kept, char *panels) {
+static void many_rows(const Linear *l, const void *x, const float *x_scale, const float *kept, char *panels,
+                      float *slices) {
     int64_t width = (l->inputs + 15) / 16 * 16, item = l->quantize ? 2 : 4;
     int64_t blocks = (l->outputs + RO - 1) / RO;
 #pragma omp parallel for num_threads(l->threads) schedule(dynamic, 1) if (l->threads > 1)
     for (int64_t block = 0; block < blocks; block++) {
         void *panel = panels + omp_get_thread_num() * width * RO * item;
         float scale[RO], bias[RO];
-        load_edge(l, block * RO, scale, bias);
+        float *slice = slices + omp_get_thread_num() * l->outliers * RO;
+        load_edge(l, block * RO, scale, bias, slice);
         pack_weights(l, block * RO, panel);
         for (int64_t m = 0; m < l->rows; m += RM) {
             float out[RM][RO];
@@ -306,7 +317,8 @@ static void many_rows(const Linear *l, const void *x, const float *x_scale, cons
             else
                 tile_floats((const float *)a, panel, l->inputs, out);
             for (int r = 0; r < RM && m + r < l->rows; r++)
-                finish_row(l, out[r], m + r, block * RO, scale, bias, x_scale[m + r], kept + (m + r) * l->outliers);
+                finish_row(l, out[r], m + r, block * RO, scale, bias, slice, x_scale[m + r],
+                           kept + (m + r) * l->outliers);
         }
     }
 }
@@ -316,11 +328,12 @@ int reattend_int8_linear(const Linear *l, int64_t few) {
     int panels = l->rows > few;
     int64_t width = (l->inputs + 15) / 16 * 16, rows = (l->rows + RM - 1) / RM * RM;
     int64_t item = l->quantize ? 2 : 4, each = width * 6 + 64, slabs = width * RO * item;
-    int64_t x_bytes = rows * width * item, row_bytes = rows * 4 + l->rows * l->outliers * 4;
+    int64_t x_bytes = rows * width * item, row_bytes = rows * 4 + (l->rows + l->threads * RO) * l->outliers * 4;
     char *memory = malloc(x_bytes + row_bytes + l->threads * (each + (panels ? slabs : 0)) + 64);
     if (!memory) return 1;
     char *scratch = memory + x_bytes, *slab = scratch + l->threads * each;
     float *x_scale = (float *)(slab + (panels ? l->threads * slabs : 0)), *kept = x_scale + rows;
+    float *slices = kept + l->rows * l->outliers;
     if (panels && l->rows % RM) memset(memory + (rows - RM) * width * item, 0, RM * width * item);
 #pragma omp parallel for num_threads(l->threads) schedule(static) if (l->threads > 1 && panels)
     for (int64_t m = 0; m < l->rows; m++) {
@@ -328,9 +341,9 @@ int reattend_int8_linear(const Linear *l, int64_t few) {
         prepare_row(l, m, panels, row, (int16_t *)(row + width), memory, x_scale, kept);
     }
     if (panels)
-        many_rows(l, memory, x_scale, kept, slab);
+        many_rows(l, memory, x_scale, kept, slab, slices);
     else
-        few_rows(l, (const float *)memory, (const int16_t *)memory, x_scale, kept);
+        few_rows(l, (const float *)memory, (const int16_t *)memory, x_scale, kept, slices);
     free(memory);
     return 0;
 }
