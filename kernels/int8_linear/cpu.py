@@ -1,6 +1,6 @@
-"""Int8 linears from torch's own CPU operators, for hosts without a C compiler or with VNNI.
+"""Int8 linears from torch's own operators, for hosts that can't build `native.c`.
 
-What each operator is good for was measured on Zen 3 (AVX2) and Zen 4 (AVX512, VNNI); see docs/int8_figures.md.
+What each operator is good for without VNNI was measured on Zen 3: docs/int8_figures.md.
 Legend: M rows, I input channels, O output channels.
 """
 
