@@ -1,1 +1,1 @@
-"""One folder per op: reference, Triton kernel, public function (none yet)."""
+"""One folder per op: reference, Triton kernel, CPU routes, one public function."""

@@ -1,0 +1,188 @@
+"""Int8Linear: codes and scales as a module, put in the place of a model's linear layers, and joined for speed.
+
+Legend: I input channels, O output channels, N outlier columns.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reattend.errors import Refusal
+from reattend.kernels.int8_linear import Outliers, int8_linear
+
+# Layers that take the same input one after the other, in the order in which models call them.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer on int8 codes (O, I) and fp32 scales (O,), with optional bias (O,) and outlier columns.
+
+    Everything it holds is a buffer, and no cast touches a buffer's dtype: `.to()`, `.half()`, `deepcopy` and
+    `state_dict` carry the same codes and scales along. It computes in its input's dtype. It is a `nn.Linear`
+    to adapters, which read `weight` (dequantised at each access) and wrap it.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Any
+    outlier_columns: Tensor | None
+    outlier_weight: Tensor | None
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, bias: Tensor | None = None, *,
+        activations: Any = "int8", outliers: Outliers | None = None, threshold: float | None = None,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = codes.shape
+        self.activations, self.threshold = activations, threshold
+        columns, weight = (None, None) if outliers is None else outliers
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scale", scale.reshape(-1).float())
+        self.register_buffer("bias", None if bias is None else bias.float())
+        self.register_buffer("outlier_columns", columns)
+        self.register_buffer("outlier_weight", None if weight is None else weight.float())
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantised weight (O, I) in fp32, made anew."""
+        return self.codes.float() * self.scale[:, None]
+
+    @property
+    def outliers(self) -> Outliers | None:
+        """The static outlier columns and their float weights."""
+        if self.outlier_columns is None or self.outlier_weight is None:
+            return None
+        return Outliers(self.outlier_columns, self.outlier_weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `int8_linear`."""
+        held = self._buffers  # nn.Module's attribute look-up costs as much as a small product
+        columns, weight = held["outlier_columns"], held["outlier_weight"]
+        outliers = None if columns is None or weight is None else Outliers(columns, weight)
+        return int8_linear(
+            input, held["codes"], held["scale"], held["bias"],  # type: ignore[arg-type]
+            activations=self.activations, outliers=outliers, threshold=self.threshold,
+        )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
+        # nn.Module's own would cast the scales with the model; a move to another device is all that passes.
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and options, for `print(model)`."""
+        kept = 0 if self.outlier_columns is None else len(self.outlier_columns)
+        return f"{self.in_features}, {self.out_features}, activations={self.activations}, outliers={kept}"
+
+
+class _First(Int8Linear):
+    """Several layers with one input as one product: returns its own part and keeps the others for `_Later`."""
+
+    def __init__(self, parts: list[Int8Linear]) -> None:
+        joined = (torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]))
+        first = parts[0]
+        bias = None if first.bias is None else torch.cat([part.bias for part in parts])
+        outliers = first.outliers
+        if outliers is not None:
+            weight = torch.cat([part.outlier_weight for part in parts if part.outlier_weight is not None])
+            outliers = Outliers(outliers.columns, weight)
+        options: dict[str, Any] = {"activations": first.activations, "threshold": first.threshold}
+        super().__init__(*joined, bias, outliers=outliers, **options)
+        self.sizes = [part.out_features for part in parts]
+        self.out_features = self.sizes[0]
+        self._waiting: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute all parts; return the first."""
+        own: Tensor
+        own, *others = torch.split(super().forward(input), self.sizes, dim=-1)
+        self._waiting = {i: (input, input._version, part) for i, part in enumerate(others, 1)}
+        return own
+
+    def take(self, part: int, input: Tensor) -> Tensor:
+        """Return the part computed from this very `input`, or compute it alone."""
+        waiting = self._waiting.pop(part, None)
+        if waiting is not None and waiting[0] is input and waiting[1] == input._version:
+            return waiting[2]
+        rows = self._rows(part)
+        outliers = None if self.outliers is None else Outliers(self.outliers.columns, self.outliers.weight[rows])
+        return int8_linear(
+            input, self.codes[rows], self.scale[rows], None if self.bias is None else self.bias[rows],
+            activations=self.activations, outliers=outliers, threshold=self.threshold,
+        )  # fmt: skip
+
+    def _rows(self, part: int) -> slice:
+        start = sum(self.sizes[:part])
+        return slice(start, start + self.sizes[part])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_waiting": {}}
+
+
+class _Later(nn.Module):
+    """A layer whose product `_First` computed; the reference is no submodule, so nothing is stored twice."""
+
+    def __init__(self, first: _First, part: int) -> None:
+        super().__init__()
+        self._first, self._part = (first,), part
+        self.in_features, self.out_features = first.in_features, first.sizes[part]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return this layer's part."""
+        return self._first[0].take(self._part, input)
+
+
+def replace_linears(model: nn.Module, layers: Mapping[str, Int8Linear]) -> None:
+    """Put `layers` (module name -> layer) in the place of the model's own; weights there may be on `meta`.
+
+    Raises `Refusal` for a name that is no linear layer of the model, or one of another shape.
+    """
+    for name, layer in layers.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError as error:
+            raise Refusal(f"int8 layer {name!r} is no module of {type(model).__name__}") from error
+        if not isinstance(old, nn.Linear):
+            raise Refusal(f"int8 layer {name!r} is a {type(old).__name__} in {type(model).__name__}")
+        if (old.out_features, old.in_features) != (layer.out_features, layer.in_features):
+            raise Refusal(f"int8 layer {name!r}: codes {tuple(layer.codes.shape)} do not fit the model's layer")
+        _put(model, name, layer)
+
+
+def fuse_linears(model: nn.Module) -> int:
+    """Join q/k/v and gate/up where all are `Int8Linear` with the same options; return how many groups.
+
+    Results are the same numbers; a model runs fewer and larger products, and rows are quantised once.
+    """
+    groups = [
+        (parent, names)
+        for parent in model.modules()
+        for names in _SIBLINGS
+        if _alike([parent._modules.get(name) for name in names])
+    ]
+    for parent, names in groups:
+        first = _First([parent._modules[name] for name in names])  # type: ignore[misc]
+        parent._modules[names[0]] = first
+        for part, name in enumerate(names[1:], 1):
+            parent._modules[name] = _Later(first, part)
+    return len(groups)
+
+
+def _alike(parts: list[Any]) -> bool:
+    if not all(type(part) is Int8Linear for part in parts):
+        return False
+    kinds = {(p.in_features, p.activations, p.threshold, p.bias is None, p.codes.device) for p in parts}
+    columns = [p.outlier_columns for p in parts]
+    if any(c is None for c in columns):
+        return len(kinds) == 1 and all(c is None for c in columns)
+    return len(kinds) == 1 and all(torch.equal(columns[0], c) for c in columns)
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)

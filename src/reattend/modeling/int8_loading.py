@@ -1,0 +1,166 @@
+"""load_int8(): an int8 checkpoint on its own codes and scales; nothing is decompressed or quantised again.
+
+Formats: compressed-tensors `int-quantized` (`weight` I8, `weight_scale`) and `pack-quantized` with one scale per
+channel (`weight_packed`, `weight_shape`, `weight_scale`); bitsandbytes (`weight` I8, `SCB` = 127 scales).
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reattend.checkpoint.files import LocalFolder
+from reattend.checkpoint.index import Checkpoint, open_checkpoint
+from reattend.checkpoint.tensors import ShardReader
+from reattend.errors import Failure, Refusal
+from reattend.kernels.int8_linear import Outliers
+from reattend.kernels.int8_linear.reference import CODE_MAX, quantize_rows
+from reattend.modeling.int8 import Int8Linear, fuse_linears, replace_linears
+
+_PACKED_ZERO = 128  # pack-quantized stores code + 128
+_PARTS = ("weight", "weight_packed", "weight_shape", "weight_scale", "SCB", "weight_format", "bias")
+
+
+def load_int8(
+    path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu", fuse: bool = True,
+    int8_head: bool = False, outliers: Mapping[str, Outliers] | None = None,
+) -> Any:  # fmt: skip
+    """Return the model of an int8 checkpoint in evaluation mode, its linear layers on our kernels.
+
+    `dtype` is what everything but codes and scales is held and computed in ("auto": the config's); `fuse` joins
+    q/k/v and gate/up; `int8_head` also quantises the head (W8A16, a copy where it is tied); `outliers` maps
+    module names to static outlier columns. Raises `Refusal` for a checkpoint that is not int8 in a format known
+    here, and `Failure` where tensors and model do not match.
+    """
+    checkpoint = open_checkpoint(path)
+    if not isinstance(checkpoint.files, LocalFolder):
+        raise Refusal(f"{path}: not a folder on this machine")
+    options = scheme(checkpoint.config)
+    model = _empty_model(checkpoint.config, Path(path), dtype)
+    reader = ShardReader(checkpoint.files.path)
+    try:
+        layers = dict(_layers(checkpoint, reader, options, outliers or {}))
+        unknown = [name for name in outliers or {} if name not in layers]
+        if unknown:
+            raise Refusal(f"outliers: {unknown[0]!r} is no int8 layer of {path}")
+        replace_linears(model, layers)
+        _fill(model, checkpoint, reader, layers)
+    finally:
+        reader.close()
+    if int8_head:
+        _quantize_head(model)
+    if fuse:
+        fuse_linears(model)
+    return model.to(device).eval()
+
+
+def scheme(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `Int8Linear`'s options from a config's `quantization_config`; refuse what is not int8 per channel."""
+    declared = config.get("quantization_config") or {}
+    method = declared.get("quant_method")
+    if method == "bitsandbytes":
+        if not declared.get("load_in_8bit"):
+            raise Refusal("config.json: quantization_config: bitsandbytes, but not load_in_8bit")
+        threshold = float(declared.get("llm_int8_threshold", 6.0))
+        return {"activations": "int8", "threshold": threshold or None}
+    if method != "compressed-tensors":
+        raise Refusal(f"config.json: quant_method {method!r} is not compressed-tensors or bitsandbytes")
+    groups = list((declared.get("config_groups") or {}).values())
+    if len(groups) != 1:
+        raise Refusal(f"config.json: {len(groups)} config_groups; one int8 group is what runs here")
+    return {"activations": _activations(groups[0])}
+
+
+def _activations(group: Mapping[str, Any]) -> str:
+    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
+    _require(group, "weights", {**int8, "strategy": "channel"})
+    if group.get("input_activations") is None:
+        return "none"
+    _require(group, "input_activations", {**int8, "strategy": "token", "dynamic": True})
+    return "int8"
+
+
+def _require(group: Mapping[str, Any], part: str, wanted: Mapping[str, Any]) -> None:
+    declared = group.get(part) or {}
+    for key, value in wanted.items():
+        if declared.get(key) != value:
+            raise Refusal(f"config.json: {part}.{key} is {declared.get(key)!r}, not {value!r}")
+
+
+def _empty_model(config: Mapping[str, Any], path: Path, dtype: str) -> nn.Module:
+    import transformers
+    from accelerate import init_empty_weights
+
+    stock = transformers.AutoConfig.from_pretrained(path)
+    if hasattr(stock, "quantization_config"):
+        del stock.quantization_config
+    names = config.get("architectures") or ["?"]
+    kind = getattr(transformers, names[0], None)
+    if kind is None:
+        raise Refusal(f"{path}/config.json: architecture {names[0]!r} is unknown to transformers")
+    chosen = getattr(torch, dtype) if dtype != "auto" else stock.dtype or torch.float32
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = kind._from_config(stock, dtype=chosen)
+    return model
+
+
+def _layers(
+    checkpoint: Checkpoint, reader: ShardReader, options: Mapping[str, Any], outliers: Mapping[str, Outliers]
+) -> Iterator[tuple[str, Int8Linear]]:
+    """Yield (module name, layer) of every int8 weight."""
+    stored = checkpoint.tensors
+
+    def read(name: str) -> Tensor:
+        if name not in stored:
+            raise Refusal(f"tensor {name!r} is missing")
+        return reader.read(stored[name])
+
+    for name, tensor in stored.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight_packed":
+            codes = unpack(read(name), read(f"{module}.weight_shape"))
+        elif leaf == "weight" and tensor.spec.dtype == "I8":
+            codes = read(name)
+        else:
+            continue
+        scale = read(f"{module}.SCB") / CODE_MAX if f"{module}.SCB" in stored else read(f"{module}.weight_scale")
+        if scale.numel() != len(codes):
+            raise Refusal(f"tensor '{module}.weight_scale' has not one number per output")
+        bias = read(f"{module}.bias") if f"{module}.bias" in stored else None
+        yield module, Int8Linear(codes, scale, bias, outliers=outliers.get(module), **options)
+
+
+def unpack(packed_OP: Tensor, shape: Tensor) -> Tensor:
+    """Return int8 codes (O, I) of a `weight_packed` (O, ceil(I / 4)) int32, lowest byte first."""
+    rows, width = shape.tolist()
+    values = packed_OP.contiguous().view(torch.uint8)[:, :width]
+    return (values.to(torch.int16) - _PACKED_ZERO).to(torch.int8).reshape(rows, width)
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint, reader: ShardReader, layers: Mapping[str, Int8Linear]) -> None:
+    """Load every tensor that belongs to no int8 layer; then nothing of the model may be left empty."""
+    own = model.state_dict(keep_vars=True)
+    taken = {f"{module}.{part}" for module in layers for part in _PARTS}
+    values = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name in taken:
+            continue
+        if name not in own:
+            raise Failure(f"tensor {name!r} is not one of {type(model).__name__}")
+        values[name] = nn.Parameter(reader.read(tensor).to(own[name].dtype), requires_grad=False)
+    model.load_state_dict(values, strict=False, assign=True)
+    model.tie_weights()  # type: ignore[operator]
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta:
+            raise Failure(f"tensor {name!r} is not in the checkpoint")
+
+
+def _quantize_head(model: Any) -> None:
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise Refusal(f"{type(model).__name__} has no plain linear head to quantise")
+    codes, scale = quantize_rows(head.weight.detach())
+    model.set_output_embeddings(Int8Linear(codes, scale, head.bias, activations="none"))
