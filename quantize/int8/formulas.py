@@ -54,14 +54,3 @@ def pack_codes(codes_OI: Tensor) -> Tensor:
     shifted = (codes_OI.to(torch.int16) + 128).to(torch.uint8)
     padded = torch.nn.functional.pad(shifted, (0, -codes_OI.shape[1] % 4))
     return padded.contiguous().view(torch.int32)  # safetensors runs on little-endian machines
-
-
-def unpack_codes(packed_OP: Tensor, columns: int) -> Tensor:
-    """Return the int8 codes (O, columns) that `pack_codes` packed."""
-    shifted = packed_OP.contiguous().view(torch.uint8)[:, :columns]
-    return (shifted.to(torch.int16) - 128).to(torch.int8)
-
-
-def dequantize_channels(codes_OI: Tensor, scale_O1: Tensor) -> Tensor:
-    """Return codes x scale in fp32 (exact: 7 + 8 significant bits)."""
-    return codes_OI.float() * scale_O1.float()
