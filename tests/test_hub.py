@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import reattend
 from hub_server import serving
 from reattend import demo
+from reattend.texts.reading import read_text
 
 REATTEND = Path(sys.executable).with_name("reattend")
 # What is no part of the checkpoint, and what only looks as if it were not.
@@ -110,7 +112,9 @@ def test_a_failing_download_is_one_line_and_leaves_nothing(hub, run, tmp_path):
 def test_an_unsound_repository_is_refused_before_its_weights_are_downloaded(hub, run, tmp_path):
     path = hub.folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    check_one_line(run("apply", "int8", "org/demo", tmp_path / "out"), "model.safetensors: truncated", code=2)
+    check_one_line(
+        run("apply", "int8", "org/demo", tmp_path / "out"), "org/demo/model.safetensors: truncated", code=2
+    )
     assert not hub.whole
 
 
@@ -140,3 +144,17 @@ def test_no_connection_is_a_failure_that_names_the_file(hub, environment):
 def test_offline_a_hub_id_is_one_line(run, environment):
     environment["HF_HUB_OFFLINE"] = "1"
     check_one_line(run("inspect", "org/demo"), "org/demo: no such folder here, and the Hub answers: ")
+
+
+def test_an_output_on_the_hub_is_verified_and_its_texts_are_known(hub, run):
+    reattend.apply("int8", demo.MODEL, hub.folder.parent / "out")
+    shutil.rmtree(hub.folder)
+    (hub.folder.parent / "out").rename(hub.folder)
+    checked = run("verify", "org/demo", "--json")
+    assert checked.returncode == 0, checked.stderr
+    assert json.loads(checked.stdout)["problems"] == []
+    record = json.loads((hub.folder / "reattend.json").read_text())
+    record["texts"] = {"calibration": read_text(demo.EVAL_TEXT).sha256}
+    (hub.folder / "reattend.json").write_text(json.dumps(record))
+    done = run("eval", "org/demo", "--text", demo.EVAL_TEXT, "--window", "64")
+    check_one_line(done, f"{demo.EVAL_TEXT}: shares text with the calibration text of org/demo", code=2)

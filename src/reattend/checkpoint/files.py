@@ -34,17 +34,23 @@ class LocalFolder:
     def sizes(self) -> dict[str, int]:
         """See `Files.sizes`; links are followed, as the Hub's cache is made of them."""
         found = {}
-        for path in sorted(self.path.rglob("*")):
-            relative = path.relative_to(self.path)
-            if path.is_file() and relative.parts[0] not in _PRIVATE:
-                found[relative.as_posix()] = path.stat().st_size
+        try:
+            for path in sorted(self.path.rglob("*")):
+                relative = path.relative_to(self.path)
+                if relative.parts[0] not in _PRIVATE and path.is_file():
+                    found[relative.as_posix()] = path.stat().st_size
+        except OSError as error:
+            raise Refusal(f"{error.filename or self.name}: {error.strerror or error}") from error
         return found
 
     def read(self, file: str, start: int, length: int) -> bytes:
         """See `Files.read`."""
-        with (self.path / file).open("rb") as stream:
-            stream.seek(start)
-            return stream.read(length)
+        try:
+            with (self.path / file).open("rb") as stream:
+                stream.seek(start)
+                return stream.read(length)
+        except OSError as error:
+            raise Refusal(f"{self.path / file}: {error.strerror or error}") from error
 
     def download(self) -> Path:
         """Return the folder: nothing is to be fetched."""
@@ -125,10 +131,16 @@ def _take(blocks: Iterable[bytes], length: int) -> bytes:
 
 def open_files(model: str | os.PathLike[str]) -> LocalFolder | HubRepository:
     """Return the files of a local folder, or of a Hub repository when no such folder exists."""
-    path = Path(model)
-    if path.is_dir():
-        return LocalFolder(path)
     text = str(model)
-    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+    if not text:
+        raise Refusal("the name of a model is empty: expected a folder, or a Hub id")
+    path = Path(model)
+    try:
+        if path.is_dir():
+            return LocalFolder(path)
+        exists = path.exists()
+    except OSError as error:
+        raise Refusal(f"{text}: {error.strerror or error}") from error
+    if exists or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise Refusal(f"{text}: not a folder")
     return HubRepository(text)

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from reattend.checkpoint.files import Files, open_files
-from reattend.checkpoint.header import StoredTensor, read_header
+from reattend.checkpoint.header import Header, StoredTensor, read_header
 from reattend.errors import Refusal
 
 SINGLE = "model.safetensors"
@@ -57,13 +57,22 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     digests: dict[str, str] = {}
     metadata: dict[str, str] = {}
     for shard in dict.fromkeys(listed.values()) if listed else [SINGLE]:
-        header = read_header(lambda a, n, f=shard: files.read(f, a, n), sizes[shard], shard)  # type: ignore[misc]
-        _add(tensors, header.tensors)
+        header = _header(files, shard, sizes[shard])
+        _add(files, tensors, header.tensors)
         digests[shard] = header.digest
         metadata = header.metadata | metadata
-    _check_listed(listed, tensors)
+    _check_listed(files, listed, tensors)
     ignored = tuple(f for f in sizes if f.endswith(WEIGHTS) and f not in digests)
     return Checkpoint(files, config, sizes, tensors, digests, metadata, ignored)
+
+
+def _header(files: Files, shard: str, size: int) -> Header:
+    """Read a header; a refusal, which starts with the file's name, names the folder as well."""
+    try:
+        return read_header(lambda start, length: files.read(shard, start, length), size, shard)
+    except Refusal as refusal:
+        start = "" if str(refusal).startswith(files.name) else f"{files.name}/"
+        raise Refusal(f"{start}{refusal}") from refusal
 
 
 def read_json(files: Files, sizes: dict[str, int], file: str) -> dict[str, Any]:
@@ -73,11 +82,11 @@ def read_json(files: Files, sizes: dict[str, int], file: str) -> dict[str, Any]:
     try:
         value = json.loads(files.read(file, 0, sizes[file]).decode("utf-8"))
     except RecursionError as error:
-        raise Refusal(f"{file}: nested too deeply") from error
+        raise Refusal(f"{files.name}/{file}: nested too deeply") from error
     except ValueError as error:
-        raise Refusal(f"{file}: not UTF-8 JSON ({error})") from error
+        raise Refusal(f"{files.name}/{file}: not UTF-8 JSON ({error})") from error
     if not isinstance(value, dict):
-        raise Refusal(f"{file}: not a JSON object")
+        raise Refusal(f"{files.name}/{file}: not a JSON object")
     return value
 
 
@@ -90,37 +99,37 @@ def _shards(files: Files, sizes: dict[str, int]) -> dict[str, str]:
     if INDEX not in sizes:
         pickles = [f for f in sizes if f.endswith(PICKLES)]
         if pickles:
-            raise Refusal(f"{pickles[0]}: pickled weights are not read; convert to safetensors first")
+            raise Refusal(f"{files.name}/{pickles[0]}: pickled weights are not read; convert to safetensors first")
         raise Refusal(f"{files.name}: has neither {SINGLE} nor {INDEX}")
     listed = read_json(files, sizes, INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise Refusal(f"{INDEX}: weight_map is missing or empty")
+        raise Refusal(f"{files.name}/{INDEX}: weight_map is missing or empty")
     for name, shard in listed.items():
-        _check_shard(name, shard, sizes)
+        _check_shard(f"{files.name}/{INDEX}", name, shard, sizes)
     return listed
 
 
-def _check_shard(name: str, shard: Any, sizes: dict[str, int]) -> None:
+def _check_shard(index: str, name: str, shard: Any, sizes: dict[str, int]) -> None:
     if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard or "\0" in shard:
-        raise Refusal(f"{INDEX}: shard name {shard!r} of {name!r} is not a plain file name")
+        raise Refusal(f"{index}: shard name {shard!r} of {name!r} is not a plain file name")
     if shard not in sizes:
-        raise Refusal(f"{INDEX}: names {shard!r}, which is not there")
+        raise Refusal(f"{index}: names {shard!r}, which is not there")
     if not shard.endswith(".safetensors"):
-        raise Refusal(f"{INDEX}: shard {shard!r} is not a safetensors file")
+        raise Refusal(f"{index}: shard {shard!r} is not a safetensors file")
 
 
-def _add(tensors: dict[str, StoredTensor], more: tuple[StoredTensor, ...]) -> None:
+def _add(files: Files, tensors: dict[str, StoredTensor], more: tuple[StoredTensor, ...]) -> None:
     for stored in more:
         name = stored.spec.name
         if name in tensors:
-            raise Refusal(f"tensor {name!r} is in both {tensors[name].file} and {stored.file}")
+            raise Refusal(f"{files.name}: tensor {name!r} is in both {tensors[name].file} and {stored.file}")
         tensors[name] = stored
 
 
-def _check_listed(listed: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+def _check_listed(files: Files, listed: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
     for name, shard in listed.items():
         if name not in tensors or tensors[name].file != shard:
-            raise Refusal(f"{INDEX}: lists {name!r} in {shard}, which does not hold it")
+            raise Refusal(f"{files.name}/{INDEX}: lists {name!r} in {shard}, which does not hold it")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

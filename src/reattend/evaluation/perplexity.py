@@ -4,29 +4,32 @@ Standard errors are over window means, not over tokens: tokens of one window are
 difference is paired by window, with the delta method for the exponential. Log-softmax runs in fp32.
 """
 
-import json
 import math
 import os
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import open_checkpoint
-from reattend.errors import Refusal
+from reattend.errors import Failure, Refusal, first_line
+from reattend.evaluation.unused import check_unused
 from reattend.families.source import Source, source_of
-from reattend.modeling.loading import Loaded, load
+from reattend.modeling.loading import load, load_tokenizer
 from reattend.progress import Progress, silent
-from reattend.texts.reading import Text, read_text
+from reattend.texts.reading import read_text
 from reattend.texts.windows import Windows, read_windows
+
+Path: TypeAlias = str | os.PathLike[str]
+_MOST_NATS = 700.0  # its exponential is near the largest double
 
 
 def evaluate(
-    model: str | os.PathLike[str],
-    text: str | os.PathLike[str],
+    model: Path,
+    text: Path,
     *,
-    against: str | os.PathLike[str] | None = None,
+    against: Path | None = None,
     window: int = 2048,
     windows: int | None = None,
     dtype: str = "auto",
@@ -41,37 +44,38 @@ def evaluate(
     token) and `top1_agreement` (share of tokens). Raises `Refusal` for a text on which the model was
     calibrated or chosen.
     """
-    source = _check(model, window)
-    if against is not None:
-        _check(against, window)
+    sources = [_check(path, window) for path in (model, against) if path is not None]
+    if windows is not None and windows < 1:
+        raise Refusal(f"windows: {windows}, expected 1 or more")
     _check_dtype(dtype)
     content = read_text(text)
     for measured in (model, against):
-        _check_unused(content, measured)
-    subject = load(model, dtype=dtype, device=device)
-    if subject.tokenizer is None:
-        raise Refusal(f"{model}: has no tokenizer, and perplexity needs one")
-    bos_each = "bos_every_window" in source.family.features
-    cut = read_windows(content, subject.tokenizer, window=window, windows=windows, bos_each=bos_each)
-    base = load(against, dtype=dtype, device=device) if against is not None else None
-    if base is not None:
-        _check_tokenizers(subject, base, cut)
+        if measured is not None:
+            check_unused(content, measured)
+    tokenizer = _tokenizer(model)
+    bos_each = "bos_every_window" in sources[0].family.features
+    cut = read_windows(content, tokenizer, window=window, windows=windows, bos_each=bos_each)
+    if against is not None:
+        _check_tokenizers(tokenizer, load_tokenizer(open_files(against).download()), cut)
+    subject = _Subject(str(model), load(model, dtype=dtype, device=device).model)
+    base = None if against is None else _Subject(str(against), load(against, dtype=dtype, device=device).model)
     rows = []
     for number, ids in enumerate(cut.ids, 1):
         rows.append(_measure(subject, base, ids))
         progress("evaluating", number, len(cut.ids))
+    _check_exponential([row[:2] for row in rows], subject, base)
     report = {"model": str(model), "text": str(text), **_summary([r[0] for r in rows], cut, window)}
     report["dtype"] = str(subject.model.dtype).removeprefix("torch.")
     return report | (_comparison(rows) if base is not None else {})
 
 
-def _check(model: str | os.PathLike[str], window: int) -> Source:
+def _check(model: Path, window: int) -> Source:
     source = source_of(open_checkpoint(model))
     if "encoder" in source.family.features:
         raise Refusal(f"{model}: {source.family.model_type} is an encoder, perplexity is not defined for it")
     limit = source.get("max_position_embeddings") or source.get("n_positions")
-    if window < 2 or (limit and window > limit):
-        raise Refusal(f"window: {window} tokens, {model} takes 2 to {limit}")
+    if window < 2 or (isinstance(limit, int) and window > limit):
+        raise Refusal(f"window: {window} tokens, {model} takes 2 {f'to {limit}' if limit else 'or more'}")
     return source
 
 
@@ -80,48 +84,68 @@ def _check_dtype(dtype: str) -> None:
         raise Refusal(f"dtype: {dtype!r} is not auto, float32, bfloat16, float16 or float64")
 
 
-def _check_unused(text: Text, model: str | os.PathLike[str] | None) -> None:
-    """A number from the text that shaped the model flatters it."""
-    record = Path(model or "", "reattend.json")
-    if model is None or not record.exists():
-        return
-    try:
-        used = dict(json.loads(record.read_text("utf-8")).get("texts", {}))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise Refusal(f"{record}: is damaged") from error
-    for purpose, digest in used.items():
-        if digest == text.sha256:
-            raise Refusal(f"{text.name}: was the {purpose} text of {model}; measure on another text")
+def _tokenizer(model: Path) -> Any:
+    tokenizer = load_tokenizer(open_files(model).download())
+    if tokenizer is None:
+        raise Refusal(f"{model}: has no tokenizer, and perplexity needs one")
+    return tokenizer
 
 
-def _check_tokenizers(subject: Loaded, base: Loaded, cut: Windows) -> None:
-    decoded = subject.tokenizer.decode(cut.ids[0])
-    if base.tokenizer is None or base.tokenizer(decoded).input_ids != subject.tokenizer(decoded).input_ids:
+def _check_tokenizers(tokenizer: Any, other: Any, cut: Windows) -> None:
+    decoded = tokenizer.decode(cut.ids[0])
+    if other is None or other(decoded).input_ids != tokenizer(decoded).input_ids:
         raise Refusal("the two models cut the text into different tokens, so they can't be compared")
 
 
-def _measure(subject: Loaded, base: Loaded | None, ids: list[int]) -> tuple[float, float, float, float]:
+class _Subject(NamedTuple):
+    """A model that is measured, and what to call it."""
+
+    name: str
+    model: Any
+
+    def log_probs(self, tokens: Tensor) -> Tensor:
+        """Return the log probabilities of what follows each token of one window."""
+        device = self.model.device
+        try:
+            with torch.inference_mode():
+                output = self.model(tokens if device.type == "meta" else tokens.to(device))
+        except Exception as error:  # foreign code, and token ids that the model does not know
+            raise Failure(f"{self.name}: can't be run: {type(error).__name__}: {first_line(error)}") from error
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            raise Failure(f"{self.name}: {type(self.model).__name__} gives no logits, and perplexity needs them")
+        if not torch.isfinite(logits).all():
+            raise Failure(f"{self.name}: its logits hold NaN or inf")
+        return torch.log_softmax(logits[0, :-1].float(), -1).cpu()
+
+
+def _measure(subject: _Subject, base: _Subject | None, ids: list[int]) -> tuple[float, float, float, float]:
     """Return one window's means: own NLL, base NLL, KL (nats), top-1 agreement."""
     tokens = torch.tensor([ids])
-    ours = _log_probs(subject, tokens)
+    ours = subject.log_probs(tokens)
     nll = _nll(ours, tokens)
     if base is None:
         return nll, 0.0, 0.0, 0.0
-    theirs = _log_probs(base, tokens)
+    theirs = base.log_probs(tokens)
+    if theirs.shape != ours.shape:
+        raise Failure(f"{base.name}: has {theirs.shape[-1]} tokens, {subject.name} has {ours.shape[-1]}")
     kl = (theirs.exp() * (theirs - ours)).sum(-1).double().mean()
     agree = (theirs.argmax(-1) == ours.argmax(-1)).double().mean()
     return nll, _nll(theirs, tokens), float(kl), float(agree)
 
 
-def _log_probs(loaded: Loaded, tokens: Tensor) -> Tensor:
-    with torch.inference_mode():
-        device = loaded.model.device
-        logits = loaded.model(tokens if device.type == "meta" else tokens.to(device)).logits
-    return torch.log_softmax(logits[0, :-1].float(), -1).cpu()
-
-
 def _nll(log_probs: Tensor, tokens: Tensor) -> float:
     return float(-log_probs.gather(-1, tokens[0, 1:, None]).double().mean())
+
+
+def _check_exponential(nlls: list[tuple[float, float]], *subjects: _Subject | None) -> None:
+    """Fail where a perplexity would be no number."""
+    means = torch.tensor(nlls, dtype=torch.float64).mean(0)
+    for subject, mean in zip(subjects, means.tolist(), strict=True):
+        if subject is not None and not math.isfinite(mean):
+            raise Failure(f"{subject.name}: the mean loss is {mean}")
+        if subject is not None and mean > _MOST_NATS:
+            raise Failure(f"{subject.name}: the mean loss is {mean:.5g} nats, too much for a perplexity")
 
 
 def _stderr(values: Tensor) -> float | None:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reattend.checkpoint.files import open_files
-from reattend.checkpoint.index import open_checkpoint, read_json
-from reattend.errors import Failure, Refusal, first_line
+from reattend.checkpoint.index import Checkpoint, open_checkpoint
+from reattend.errors import Failure, Refusal
 
 _LIBRARIES = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
+_INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+_NUMBERS_PER_WORD = 4  # 8-bit codes in words of 32
+_LONGEST = 300  # characters of another library's message
 _SHARE_OF_MEMORY = 0.8  # of what is free: activations and logits need the rest
 
 
@@ -31,58 +34,114 @@ def load(
     on the disk, in the checkpoint itself. `offload` decides that by hand. Raises `Refusal` for a folder that
     is not a checkpoint, a device that is not there, or a quantisation library that is absent.
     """
-    import transformers
-
     path = open_files(path).download()
-    config = _config(path)
-    _check_library(config)
-    names = config.get("architectures") or []
-    kind = getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
-    if kind is None:
-        raise Refusal(f"{path}/config.json: architecture {names[0]!r} is unknown to transformers")
+    checkpoint = open_checkpoint(path)
+    _check_config(path, checkpoint)
+    _check_dtype(dtype)
     check_device(device)
-    places = _device_map(path, dtype, device, offload)
-    if places != {"": device} and config.get("quantization_config"):
-        raise Refusal(f"{path}: does not fit into memory, and quantised weights can't be offloaded to the disk")
+    kind = _model_class(path, checkpoint.config)
+    places = _placement(checkpoint, dtype, str(device), offload)
     scratch = tempfile.mkdtemp(prefix="reattend-offload-")  # for weights that the loader has to convert first
     try:
-        model = kind.from_pretrained(path, dtype=dtype, device_map=places, offload_folder=scratch).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        shutil.rmtree(scratch)
-        raise Failure(f"{path}: transformers can't load it: {first_line(error)}") from error
+        model = kind.from_pretrained(path, dtype=dtype, offload_folder=scratch, **places).eval()
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
+        raise Failure(f"{path}: transformers can't load it: {_told(error)}") from error
     weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
     if dtype != "auto":
         _cast(model, dtype)
     return Loaded(model, load_tokenizer(path))
 
 
+def _told(error: Exception) -> str:
+    """Return a foreign error in one line of some length: its type too, where the message may say little alone."""
+    told = " ".join(str(error).split())
+    plain = isinstance(error, (OSError, ValueError, RuntimeError)) and told
+    told = told if plain else f"{type(error).__name__}: {told}"
+    return told if len(told) <= _LONGEST else f"{told[:_LONGEST]} ..."
+
+
 def check_device(device: str) -> None:
-    """Refuse a device that torch can't use here."""
+    """Refuse a device that torch can't use here, or that holds no numbers."""
     import torch
 
+    expected = "expected cpu, cuda or cuda:0"
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Refusal(f"device {device!r} can't be used here: {first_line(error)}") from error
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise Refusal(f"device {device!r}: no such device; {expected}") from error
+    if found.type == "meta" or (found.type == "cpu" and found.index is not None):
+        raise Refusal(f"device {device!r}: can't be computed on; {expected}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise Refusal(f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    try:
+        torch.empty(1, device=found)
+    except Exception as error:  # each backend has its own errors
+        raise Refusal(f"device {device!r}: can't be used here; {expected}") from error
 
 
-def _device_map(path: str | os.PathLike[str], dtype: str, device: str, offload: bool | None) -> Any:
+def _check_dtype(dtype: str) -> None:
+    import torch
+
+    found = getattr(torch, str(dtype), None)
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise Refusal(f"dtype {dtype!r}: expected auto, or a floating-point type such as float32 or bfloat16")
+
+
+def _model_class(path: Path, config: dict[str, Any]) -> Any:
+    import transformers
+
+    names = config.get("architectures") or []
+    if not names:
+        return transformers.AutoModelForCausalLM
+    try:
+        kind = getattr(transformers, names[0], None)
+    except Exception as error:  # importing the model's module
+        raise Failure(f"{path}: transformers can't import {names[0]}: {_told(error)}") from error
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise Refusal(f"{path}/config.json: architecture {names[0]!r} is unknown to transformers")
+    return kind
+
+
+def _placement(checkpoint: Checkpoint, dtype: str, device: str, offload: bool | None) -> dict[str, Any]:
     """Return where from_pretrained is to put weights: on `device` where they fit, else partly on the disk."""
+    asked = offload
     if offload is None:
-        offload = _load_bytes(path, dtype) > _SHARE_OF_MEMORY * _free_bytes(device)
+        offload = _load_bytes(checkpoint, dtype) > _SHARE_OF_MEMORY * _free_bytes(device)
     if not offload:
-        return {"": device}
-    return {"": "disk"} if device == "cpu" else "auto"
+        return {"device_map": {"": device}}
+    if checkpoint.config.get("quantization_config"):
+        reason = "quantised weights can't be offloaded to the disk"
+        raise Refusal(f"{checkpoint.files.name}: {reason if asked else f'does not fit into memory, and {reason}'}")
+    if device == "cpu":
+        return {"device_map": {"": "disk"}}
+    return {"device_map": "auto", "max_memory": _room(device)}
 
 
-def _load_bytes(path: str | os.PathLike[str], dtype: str) -> int:
+def _room(device: str) -> dict[int | str, int]:
+    """Return the bytes that weights may take on a device and on the CPU: no other device is used."""
+    import torch
+
+    kind = torch.device(device)
+    key: int | str = kind.type
+    if kind.type == "cuda":
+        key = torch.cuda.current_device() if kind.index is None else kind.index
+    return {name: int(_SHARE_OF_MEMORY * _free_bytes(str(on))) for name, on in ((key, device), ("cpu", "cpu"))}
+
+
+def _load_bytes(checkpoint: Checkpoint, dtype: str) -> int:
     """Bytes of a checkpoint's tensors once they are loaded in `dtype`."""
     import torch
 
-    specs = [stored.spec for stored in open_checkpoint(path).tensors.values()]
-    if dtype == "auto":
-        return sum(max(spec.nbytes, 2 * spec.numel) for spec in specs)  # codes may be unpacked to 16 bit
-    return int(sum(spec.numel for spec in specs) * getattr(torch, dtype).itemsize)
+    total = 0
+    for stored in checkpoint.tensors.values():
+        spec = stored.spec
+        numbers = spec.numel * (_NUMBERS_PER_WORD if spec.name.endswith(".weight_packed") else 1)
+        # With "auto", codes may be unpacked to 16 bit.
+        total += max(spec.nbytes, 2 * numbers) if dtype == "auto" else numbers * getattr(torch, dtype).itemsize
+    return total
 
 
 def _free_bytes(device: str) -> int:
@@ -111,22 +170,38 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        raise Failure(f"{path}: its tokenizer can't be loaded: {first_line(error)}") from error
+        raise Failure(f"{path}: its tokenizer can't be loaded: {_told(error)}") from error
 
 
-def _config(path: Path) -> dict[str, Any]:
-    files = open_files(path)
-    config = read_json(files, files.sizes(), "config.json")
+def _check_config(path: Path, checkpoint: Checkpoint) -> None:
+    """Refuse what transformers would take in another sense than it has, or stumble over."""
+    config = checkpoint.config
     for key, kind in (("architectures", list), ("quantization_config", dict)):
         if not isinstance(config.get(key) or kind(), kind):
             raise Refusal(f"{path}/config.json: {key} is not a {kind.__name__}")
-    return config
+    for name in config.get("architectures") or []:
+        if not isinstance(name, str):
+            raise Refusal(f"{path}/config.json: architectures holds {name!r}, expected names")
+    quantization = config.get("quantization_config")
+    if quantization:
+        _check_method(path, quantization)
+        return
+    for stored in checkpoint.tensors.values():
+        spec = stored.spec
+        if spec.name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in _INTEGERS:
+            codes = f"tensor {spec.name!r} is stored as {spec.dtype}"
+            raise Refusal(f"{path}/{stored.file}: {codes}, and config.json has no quantization_config that reads it")
 
 
-def _check_library(config: dict[str, Any]) -> None:
+def _check_method(path: Path, quantization: dict[str, Any]) -> None:
     from importlib.util import find_spec
 
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    method = quantization.get("quant_method")
+    if method is None and (quantization.get("load_in_8bit") or quantization.get("load_in_4bit")):
+        method = "bitsandbytes"
     library = _LIBRARIES.get(str(method))
-    if library and find_spec(library) is None:
+    if library is None:
+        known = " and ".join(_LIBRARIES)
+        raise Refusal(f"{path}/config.json: quant_method {method!r} is not supported; {known} are")
+    if find_spec(library) is None:
         raise Refusal(f"{method} is not installed, and the checkpoint needs it: pip install {method}")

@@ -25,15 +25,15 @@ _PASSAGE = (
 
 
 def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Check the folder `out`, and its logits against the source model `against` if given.
+    """Check `out`, a folder or a Hub id, and its logits against the source model `against` if given.
 
     Returns `problems` (empty means sound), and with `against` the `logits_error` (relative L2 over all
     logits of a short passage, both in fp32) beside the `tolerance` that the step declared. Raises
     `Refusal` where `out` is no output of reattend or `against` is not its source.
     """
-    folder = Path(out)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(out)
     manifest = _manifest(checkpoint)
+    folder = open_files(out).download()
     source = None if against is None else _source(manifest, against)
     ids = _token_ids(checkpoint, folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -55,7 +55,9 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
 
 def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = read_json(checkpoint.files, checkpoint.sizes, "reattend.json")  # only our outputs have one
-    if not isinstance(manifest.get("tolerance"), (int, float)) or not isinstance(manifest.get("source"), str):
+    tolerance = manifest.get("tolerance")
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if not number or not isinstance(manifest.get("source"), str):
         raise Refusal(f"{checkpoint.files.name}/reattend.json: is damaged")
     return manifest
 

@@ -31,6 +31,8 @@ def read_windows(
     with it every window begins with BOS. Each window's first token is not predicted.
     """
     content = text.content
+    if bos_each and tokenizer.bos_token_id is None:
+        raise Refusal("the tokenizer has no BOS token, with which every window of this model begins")
     encoded = tokenizer(content, add_special_tokens=not bos_each, return_offsets_mapping=tokenizer.is_fast)
     body = window - 1 if bos_each else window
     count = len(encoded.input_ids) // body
