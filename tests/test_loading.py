@@ -142,3 +142,17 @@ def test_a_packed_word_is_four_numbers(tmp_path):
     checkpoint = open_checkpoint(folder)
     assert loading._load_bytes(checkpoint, "auto") == 10 * 5 * 4 * 2
     assert loading._load_bytes(checkpoint, "float32") == 10 * 5 * 4 * 4
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-weights", "int8-bitsandbytes"])
+def test_int8_runs_on_our_kernels_and_gives_what_stock_gives(tmp_path, recipe):
+    from reattend.modeling.int8 import on_kernels
+
+    reattend.apply(recipe, demo.MODEL, tmp_path / "out")
+    ids = torch.arange(48)[None]
+    with torch.inference_mode():
+        ours, stock = (reattend.load(tmp_path / "out", dtype="float32", runtime=r).model for r in ("auto", "stock"))
+        assert (on_kernels(ours), on_kernels(stock)) == (True, False)
+        error = (ours(ids).logits - stock(ids).logits).norm() / stock(ids).logits.norm()
+    # compressed-tensors simulates activations with absmax / 127.5, bitsandbytes computes in fp16.
+    assert error < {"int8": 0.01, "int8-weights": 1e-4, "int8-bitsandbytes": 0.02}[recipe]

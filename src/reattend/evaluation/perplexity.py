@@ -16,6 +16,7 @@ from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Failure, Refusal, first_line
 from reattend.evaluation.unused import check_unused
 from reattend.families.source import Source, source_of
+from reattend.modeling.int8 import on_kernels
 from reattend.modeling.loading import load, load_tokenizer
 from reattend.progress import Progress, silent
 from reattend.texts.reading import read_text
@@ -66,6 +67,7 @@ def evaluate(
     _check_exponential([row[:2] for row in rows], subject, base)
     report = {"model": str(model), "text": str(text), **_summary([r[0] for r in rows], cut, window)}
     report["dtype"] = str(subject.model.dtype).removeprefix("torch.")
+    report["runtime"] = "reattend kernels" if on_kernels(subject.model) else "transformers"
     return report | (_comparison(rows) if base is not None else {})
 
 

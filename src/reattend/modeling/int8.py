@@ -101,13 +101,13 @@ class _First(Int8Linear):
         """Compute all parts; return the first."""
         own: Tensor
         own, *others = torch.split(super().forward(input), self.sizes, dim=-1)
-        self._waiting = {i: (input, input._version, part) for i, part in enumerate(others, 1)}
+        self._waiting = {i: (input, _version(input), part) for i, part in enumerate(others, 1)}
         return own
 
     def take(self, part: int, input: Tensor) -> Tensor:
         """Return the part computed from this very `input`, or compute it alone."""
         waiting = self._waiting.pop(part, None)
-        if waiting is not None and waiting[0] is input and waiting[1] == input._version:
+        if waiting is not None and waiting[0] is input and waiting[1] == _version(input):
             return waiting[2]
         rows = self._rows(part)
         outliers = None if self.outliers is None else Outliers(self.outliers.columns, self.outliers.weight[rows])
@@ -124,6 +124,11 @@ class _First(Int8Linear):
         return {**self.__dict__, "_waiting": {}}
 
 
+def _version(x: Tensor) -> int:
+    """How often a tensor was written in place; tensors of inference mode do not count that."""
+    return 0 if x.is_inference() else x._version
+
+
 class _Later(nn.Module):
     """A layer whose product `_First` computed; the reference is no submodule, so nothing is stored twice."""
 
@@ -135,6 +140,11 @@ class _Later(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return this layer's part."""
         return self._first[0].take(self._part, input)
+
+
+def on_kernels(model: nn.Module) -> bool:
+    """Whether any layer of a model runs on our int8 kernels."""
+    return any(isinstance(module, Int8Linear) for module in model.modules())
 
 
 def replace_linears(model: nn.Module, layers: Mapping[str, Int8Linear]) -> None:

@@ -57,6 +57,17 @@ def load_int8(
     return model.to(device).eval()
 
 
+def runs_on_kernels(config: Mapping[str, Any]) -> bool:
+    """Whether a config declares int8 in a format that `load_int8` runs."""
+    if not config.get("quantization_config"):
+        return False
+    try:
+        scheme(config)
+    except Refusal:
+        return False
+    return True
+
+
 def scheme(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return `Int8Linear`'s options from a config's `quantization_config`; refuse what is not int8 per channel."""
     declared = config.get("quantization_config") or {}

@@ -5,11 +5,12 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import Checkpoint, open_checkpoint
-from reattend.errors import Failure, Refusal
+from reattend.errors import Failure, ReattendError, Refusal
+from reattend.modeling.int8_loading import load_int8, runs_on_kernels
 
 _LIBRARIES = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
@@ -26,10 +27,17 @@ class Loaded(NamedTuple):
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu", offload: bool | None = None
+    path: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    offload: bool | None = None,
+    runtime: Literal["auto", "stock"] = "auto",
 ) -> Loaded:
-    """Load a checkpoint through stock transformers; `dtype` is a torch dtype's name or "auto".
+    """Load a checkpoint; `dtype` is a torch dtype's name or "auto".
 
+    `runtime="auto"` runs int8 checkpoints on our kernels, and everything else through stock transformers;
+    "stock" takes transformers for all.
     A model that does not fit into the free memory of `device` runs with accelerate's offload: its weights stay
     on the disk, in the checkpoint itself. `offload` decides that by hand. Raises `Refusal` for a folder that
     is not a checkpoint, a device that is not there, or a quantisation library that is absent.
@@ -40,6 +48,9 @@ def load(
     _check_dtype(dtype)
     check_device(device)
     kind = _model_class(path, checkpoint.config)
+    if runtime == "auto" and not offload and runs_on_kernels(checkpoint.config):
+        return Loaded(_on_kernels(path, checkpoint, dtype, device), load_tokenizer(path))
+    _check_library(path, checkpoint.config)
     places = _placement(checkpoint, dtype, str(device), offload)
     scratch = tempfile.mkdtemp(prefix="reattend-offload-")  # for weights that the loader has to convert first
     try:
@@ -53,6 +64,17 @@ def load(
     if dtype != "auto":
         _cast(model, dtype)
     return Loaded(model, load_tokenizer(path))
+
+
+def _on_kernels(path: Path, checkpoint: Checkpoint, dtype: str, device: str) -> Any:
+    if checkpoint.nbytes > _SHARE_OF_MEMORY * _free_bytes(device):
+        raise Refusal(f"{path}: does not fit into memory, and quantised weights can't be offloaded to the disk")
+    try:
+        return load_int8(path, dtype=dtype, device=device)
+    except ReattendError:
+        raise
+    except Exception as error:
+        raise Failure(f"{path}: can't be loaded: {_told(error)}") from error
 
 
 def _told(error: Exception) -> str:
@@ -184,7 +206,7 @@ def _check_config(path: Path, checkpoint: Checkpoint) -> None:
             raise Refusal(f"{path}/config.json: architectures holds {name!r}, expected names")
     quantization = config.get("quantization_config")
     if quantization:
-        _check_method(path, quantization)
+        _method(path, quantization)
         return
     for stored in checkpoint.tensors.values():
         spec = stored.spec
@@ -193,9 +215,7 @@ def _check_config(path: Path, checkpoint: Checkpoint) -> None:
             raise Refusal(f"{path}/{stored.file}: {codes}, and config.json has no quantization_config that reads it")
 
 
-def _check_method(path: Path, quantization: dict[str, Any]) -> None:
-    from importlib.util import find_spec
-
+def _method(path: Path, quantization: dict[str, Any]) -> str:
     method = quantization.get("quant_method")
     if method is None and (quantization.get("load_in_8bit") or quantization.get("load_in_4bit")):
         method = "bitsandbytes"
@@ -203,5 +223,13 @@ def _check_method(path: Path, quantization: dict[str, Any]) -> None:
     if library is None:
         known = " and ".join(_LIBRARIES)
         raise Refusal(f"{path}/config.json: quant_method {method!r} is not supported; {known} are")
-    if find_spec(library) is None:
+    return str(method)
+
+
+def _check_library(path: Path, config: dict[str, Any]) -> None:
+    from importlib.util import find_spec
+
+    quantization = config.get("quantization_config")
+    method = _method(path, quantization) if quantization else None
+    if method and find_spec(_LIBRARIES[method]) is None:
         raise Refusal(f"{method} is not installed, and the checkpoint needs it: pip install {method}")
