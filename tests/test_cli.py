@@ -191,7 +191,8 @@ def test_the_settings_of_the_recipe_can_be_given(monkeypatch, capsys):
     for given, default in (seen[:2], seen[2:]):
         assert (given.windows, given.selection_windows, given.window, given.calibration) == (3, 2, 32, "a.txt")
         assert given.steps == default.steps
-        assert default in (load_recipe("int8-smooth"), load_recipe("int8"))
+        assert default.window == 1024
+    assert (seen[1].windows, seen[3].windows) == (load_recipe("int8-smooth").windows, 64)
     code, _, told = call(monkeypatch, capsys, "apply", "int8", demo.MODEL, "out", "--calibration", "\udcff")
     assert (code, told.count("\n")) == (2, 1)
     assert "UTF-8" in told
