@@ -2,6 +2,8 @@
 
 import difflib
 import os
+import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.resources import files
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from reattend.errors import Refusal
 from reattend.recipes.table import TRANSFORMS
@@ -31,12 +33,21 @@ class Recipe(BaseModel):
     description: str = ""
     calibration: str | None = Field(None, description="text file, or dataset:PATH?name=..&split=..&column=..")
     selection: str | None = Field(None, description="another text, on which steps choose their parameters")
-    windows: int = Field(64, ge=1, description="windows drawn from the calibration text")
-    selection_windows: int = Field(16, ge=1, description="windows drawn from the selection text")
-    window: int = Field(1024, ge=2, description="tokens in a window")
-    seed: int = Field(0, ge=0, description="seed of the draw")
-    max_shard_bytes: int = Field(5_000_000_000, ge=1, description="size at which the output is split")
+    windows: int = Field(64, ge=1, strict=True, description="windows drawn from the calibration text")
+    selection_windows: int = Field(16, ge=1, strict=True, description="windows drawn from the selection text")
+    window: int = Field(1024, ge=2, strict=True, description="tokens in a window")
+    seed: int = Field(0, ge=0, le=2**63 - 1, strict=True, description="seed of the draw")
+    max_shard_bytes: int = Field(5_000_000_000, ge=1, strict=True, description="size at which the output is split")
     steps: tuple[SerializeAsAny[BaseModel], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_writable(self) -> "Recipe":
+        """An output holds its recipe: text that UTF-8 can't hold is refused, instead of found out then."""
+        try:
+            self.model_dump_json()
+        except ValueError as error:
+            raise ValueError("holds text that can't be encoded as UTF-8") from error
+        return self
 
 
 def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
@@ -44,23 +55,53 @@ def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
 
     Raises `Refusal` naming the key, and the nearest allowed one.
     """
+    if not str(recipe):
+        raise Refusal("the name of a recipe is empty: expected a YAML file, or a built-in name")
     text = builtin_recipes().get(str(recipe))
     if text is None:
         text = _read(Path(recipe))
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise Refusal(f"{recipe}: not valid YAML ({' '.join(str(error).split())})") from error
-    return parse_recipe(content, str(recipe))
+    return parse_recipe(parse_yaml(text, str(recipe)), str(recipe))
 
 
 def _read(path: Path) -> str:
-    if not path.is_file():
-        raise Refusal(f"{path}: no such recipe; built in are {', '.join(builtin_recipes())}")
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
+    except FileNotFoundError as error:
+        raise Refusal(f"{path}: no such recipe; built in are {', '.join(builtin_recipes())}") from error
+    except IsADirectoryError as error:
+        raise Refusal(f"{path}: is a folder, expected a recipe's YAML file") from error
+    except OSError as error:
+        raise Refusal(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise Refusal(f"{path}: not UTF-8 text") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key which stands twice: YAML forbids it, and PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See the class."""
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, times in keys.items():
+            if times > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return parsed YAML. Raises `Refusal` in one line."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise Refusal(f"{where}: not valid YAML (nested too deeply)") from error
+    except (yaml.YAMLError, ValueError) as error:
+        quotes = "; a value that starts with * or & needs quotes" if "alias" in str(error) else ""
+        raise Refusal(f"{where}: not valid YAML ({' '.join(str(error).split())}{quotes})") from error
+
+
+def override(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with other settings; what they are is checked as in a file."""
+    return _validated(Recipe, {**dict(recipe), **settings}, "command line")
 
 
 def parse_recipe(content: Any, where: str) -> Recipe:
@@ -92,8 +133,18 @@ def _validated(kind: type[_Model], content: Mapping[str, Any], where: str) -> _M
         return kind(**content)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise Refusal(f"{where}: {key}: {first['msg']}, not {first['input']!r}") from error
+        key = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        form = ", written as [a, b]" if first["type"] in ("list_type", "tuple_type") else ""
+        raise Refusal(f"{where}: {key}{first['msg'].removeprefix('Value error, ')}{form}{_given(first)}") from error
+
+
+def _given(error: Any) -> str:
+    """Say what was given, shortened: YAML's aliases can make a few lines into gigabytes."""
+    if not error["loc"]:
+        return ""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    return f", not {short.repr(error['input'])}"
 
 
 def step_class(name: str) -> type[BaseModel]:

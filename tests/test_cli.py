@@ -1,13 +1,22 @@
 import json
+import math
+import os
+import shlex
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import reattend
 from reattend import demo
-from reattend.cli import cli
+from reattend.cli import cli, main
+from reattend.cli.console import progress
+from reattend.errors import Failure
+from reattend.recipes.schema import load_recipe
 
 REATTEND = Path(sys.executable).with_name("reattend")
 
@@ -29,18 +38,215 @@ def test_every_command_has_help():
         assert command.help
 
 
-def test_an_error_is_one_line_and_exit_2(tmp_path):
-    for arguments in (
-        ("plan", "int8", tmp_path),
-        ("inspect", "/no/such"),
-        ("recipes", "show", "x"),
-        ("verify", demo.MODEL),
-    ):
-        done = run(*arguments)
-        assert done.returncode == 2, done
-        assert done.stderr.startswith("reattend: error: ")
-        assert done.stderr.count("\n") == 1
-        assert not done.stdout
+def call(monkeypatch, capsys, *arguments):
+    """Run the command line in this process; return the exit code, standard output and standard error."""
+    environment = dict(os.environ)
+    monkeypatch.setattr(sys, "argv", ["reattend", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught, warnings.catch_warnings():
+        main()
+    os.environ.clear()
+    os.environ.update(environment)
+    return caught.value.code, *capsys.readouterr()
+
+
+FOLDER = demo.MODEL.parent
+MISTAKES = {
+    ("plan", "int8", FOLDER): "has no config.json",
+    ("inspect", "/no/such"): "/no/such: not a folder",
+    ("recipes", "show", "x"): "no such recipe",
+    ("verify", demo.MODEL): "has no reattend.json",
+    ("plan", FOLDER, demo.MODEL): "is a folder, expected a recipe's YAML file",
+    ("plan", FOLDER / "absent.yaml", demo.MODEL): "no such recipe; built in are",
+    ("plan",): "Missing argument 'RECIPE'",
+    ("plan", "int8"): "(see reattend plan --help)",
+    ("nothing",): "No such command 'nothing'",
+    ("inspect", demo.MODEL, "--what"): "No such option",
+    ("inspect", ""): "'MODEL': it is empty",
+    ("plan", "", demo.MODEL): "'RECIPE': it is empty",
+    ("apply", "int8", demo.MODEL, ""): "'OUT': it is empty",
+    ("apply", "int8", demo.MODEL, "out", "--calibration", ""): "'--calibration': it is empty",
+    ("apply", "int8", demo.MODEL, "out", "--device", ""): "'--device': it is empty",
+    ("apply", "int8", demo.MODEL, "out", "--windows", "0"): "'--windows'",
+    ("apply", "int8", demo.MODEL, "out", "--window", "1"): "'--window'",
+    ("apply", "int8", demo.MODEL, "out", "--selection-windows", "x"): "'--selection-windows'",
+    ("eval", demo.MODEL, "--text", ""): "'--text': it is empty",
+    ("recipes", "copy", "int8", ""): "'FILE': it is empty",
+    ("convert", "int8", demo.MODEL, "out", "--set", "x"): "expected KEY=VALUE",
+    ("convert", "int8", demo.MODEL, "out", "--set", "keep=" + "[" * 5000): "--set keep=[",
+    ("convert", "int8", demo.MODEL, "out", "--set", "keep=2024-13-45"): "not valid YAML (month must be",
+    ("convert", "int8", demo.MODEL, "out", "--set", "select=*.mlp.*"): "starts with * or & needs quotes",
+    ("convert", "int8", demo.MODEL, "out", "--set", "select=mlp"): "select: Input should be a valid",
+    ("convert", "int8", demo.MODEL, "out", "--set", "keep=[a]", "--set", "keep=[b]"): "keep is set twice",
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES.items(), ids=lambda value: " ".join(map(str, value))[:40])
+def test_a_mistake_is_one_line_and_exit_2(monkeypatch, capsys, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, printed, told = call(monkeypatch, capsys, *arguments)
+    assert (code, printed) == (2, "")
+    assert told.startswith("reattend: error: ")
+    assert words in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_list_looks_like_is_told(monkeypatch, capsys):
+    _, _, told = call(monkeypatch, capsys, "convert", "int8", demo.MODEL, "out", "--set", "select=mlp")
+    assert told.endswith("written as [a, b], not 'mlp'\n")
+
+
+def test_nothing_asked_for_prints_the_help(monkeypatch, capsys):
+    code, printed, told = call(monkeypatch, capsys)
+    assert code == 2
+    assert "inspect" in printed + told
+    assert call(monkeypatch, capsys, "--version") == (0, f"reattend, version {reattend.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("--debug", "inspect", "/no/such"), ("inspect", "/no/such", "--debug")])
+def test_debug_shows_the_traceback(monkeypatch, capsys, arguments):
+    code, _, told = call(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "Traceback" in told
+    code, _, told = call(monkeypatch, capsys, "inspect", "--", "--debug")
+    assert (code, told.count("\n")) == (2, 1)
+
+
+def raising(error):
+    def function(*arguments, **options):
+        raise error
+
+    return function
+
+
+def test_what_is_not_foreseen_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(reattend, "evaluate", raising(KeyError("many\nlines")))
+    code, printed, told = call(monkeypatch, capsys, "eval", demo.MODEL, "--text", "x")
+    assert (code, printed, told.count("\n")) == (1, "", 1)
+    assert told.startswith("reattend: error: KeyError: ")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_is_one_line_and_releases_what_was_held(tmp_path, name, code):
+    (tmp_path / "held").mkdir()
+    script = (
+        "import os, shutil, signal, weakref, reattend, reattend.cli\n"
+        "class Model: pass\n"
+        "model = Model()\n"
+        f"weakref.finalize(model, shutil.rmtree, {str(tmp_path / 'held')!r})\n"
+        f"reattend.apply = lambda *a, **k: os.kill(os.getpid(), signal.{name})\n"
+        f"import sys; sys.argv = ['reattend', 'apply', 'int8', {str(demo.MODEL)!r}, 'out']\n"
+        "reattend.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr == "reattend: error: interrupted: --resume goes on with what was written\n"
+    assert not (tmp_path / "held").exists()
+
+
+def test_an_interruption_by_an_exception(monkeypatch, capsys):
+    monkeypatch.setattr(reattend, "evaluate", raising(KeyboardInterrupt()))
+    code, printed, told = call(monkeypatch, capsys, "eval", demo.MODEL, "--text", "x")
+    assert (code, printed, told.strip()) == (130, "", "reattend: error: interrupted")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"),
+    [(">&-", 1), (">/dev/full", 1), ("2>&-", 0), ("2>/dev/full", 0), (">&- 2>&-", 1), ("| (exec <&-; sleep 1)", 1)],
+)
+def test_streams_that_take_nothing(redirection, code):
+    line = f"set -o pipefail; (sleep 0.3; exec {shlex.quote(str(REATTEND))} recipes schema) {redirection}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.count("\n") <= 1
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_a_failing_run_with_nowhere_to_tell_it():
+    line = f"{shlex.quote(str(REATTEND))} inspect /no/such 2>/dev/full"
+    assert subprocess.run(["bash", "-c", line], check=False).returncode == 2
+
+
+def test_json_has_null_for_what_is_no_number(monkeypatch, capsys):
+    report = {"perplexity": math.inf, "windows": [{"kl": math.nan}, (1.5, None)]}
+    monkeypatch.setattr(reattend, "evaluate", lambda *a, **k: report)
+    code, printed, _ = call(monkeypatch, capsys, "eval", demo.MODEL, "--text", "x", "--json")
+    assert code == 0
+    assert json.loads(printed) == {"perplexity": None, "windows": [{"kl": None}, [1.5, None]]}
+
+
+def test_the_settings_of_the_recipe_can_be_given(monkeypatch, capsys):
+    seen = []
+
+    def apply(recipe, *arguments, **options):
+        seen.append(recipe)
+        raise Failure("stop")
+
+    monkeypatch.setattr(reattend, "apply", apply)
+    settings = ("--windows", "3", "--selection-windows", "2", "--window", "32", "--calibration", "a.txt")
+    for start in (("apply", "int8-smooth"), ("convert", "int8")):
+        call(monkeypatch, capsys, *start, demo.MODEL, "out", *settings)
+        call(monkeypatch, capsys, *start, demo.MODEL, "out")
+    for given, default in (seen[:2], seen[2:]):
+        assert (given.windows, given.selection_windows, given.window, given.calibration) == (3, 2, 32, "a.txt")
+        assert given.steps == default.steps
+        assert default.window == 1024
+    assert (seen[1].windows, seen[3].windows) == (load_recipe("int8-smooth").windows, 64)
+    code, _, told = call(monkeypatch, capsys, "apply", "int8", demo.MODEL, "out", "--calibration", "\udcff")
+    assert (code, told.count("\n")) == (2, 1)
+    assert "UTF-8" in told
+
+
+RECIPES = {
+    "steps: [{step: int8}]\nwindows: 3\nwindows: 4": "the key 'windows' stands twice",
+    "steps: [{step: int8, keep: [a], keep: [b]}]": "the key 'keep' stands twice",
+    "steps: [{step: int8}]\nwindows: true": "windows: Input should be a valid integer, not True",
+    "steps: [{step: int8}]\nwindows: '3'": "windows: Input should be a valid integer, not '3'",
+    "steps: [{step: int8}]\nwindow: 3.0": "window: Input should be a valid integer, not 3.0",
+    "steps: [{step: int8}]\nseed: 9223372036854775808": "seed: Input should be less than or equal to",
+    "steps: [{step: int8}]\nseed: " + "9" * 5000: "not valid YAML",
+    "steps: [{step: int8}]\ndescription: 2024-13-45": "month must be",
+    'steps: [{step: int8}]\ndescription: "\\ud800"': "UTF-8",
+    'steps: [{step: int8, keep: ["\\ud800"]}]': "UTF-8",
+    "steps: [{step: int8, select: mlp}]": "written as [a, b], not 'mlp'",
+    "steps: " + "[" * 5000: "nested too deeply",
+}
+
+
+@pytest.mark.parametrize(("text", "words"), RECIPES.items(), ids=range(len(RECIPES)))
+def test_a_bad_recipe_is_one_line_that_names_the_file(monkeypatch, capsys, tmp_path, text, words):
+    (tmp_path / "r.yaml").write_text(text)
+    code, printed, told = call(monkeypatch, capsys, "plan", tmp_path / "r.yaml", demo.MODEL)
+    assert (code, printed, told.count("\n")) == (2, "", 1), told
+    assert told.startswith(f"reattend: error: {tmp_path}/r.yaml: ")
+    assert words in told
+    assert len(told) < 1000
+
+
+def test_a_recipe_that_cannot_be_read_is_named(monkeypatch, capsys, tmp_path):
+    read_text = Path.read_text
+
+    def refuse(path, *arguments):
+        if path.name == "r.yaml":
+            raise PermissionError(13, "Permission denied")
+        return read_text(path, *arguments)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    code, _, told = call(monkeypatch, capsys, "plan", tmp_path / "r.yaml", demo.MODEL)
+    assert (code, told) == (2, f"reattend: error: {tmp_path}/r.yaml: Permission denied\n")
+
+
+def test_a_phase_that_starts_again_is_timed_anew(monkeypatch, capsys):
+    times = iter(range(0, 1000, 10))
+    now = [0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress() as report:
+        for done in (0, 50, 100, 0, 50, 100):
+            report("rewriting", done, 100)
+            now[0] = next(times) + 10
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(", ")[2] for line in lines] == ["10.0 s", "20.0 s", "10.0 s", "20.0 s"]
 
 
 def test_inspect_and_plan_as_json():
@@ -98,6 +304,7 @@ def test_recipes(tmp_path):
         "int8-bitsandbytes",
         "int8-smooth",
         "int8-weights",
+        "mla",
     }
     assert run("recipes", "copy", "int8", tmp_path / "r.yaml").returncode == 0
     assert run("recipes", "copy", "int8", tmp_path / "r.yaml").returncode == 2

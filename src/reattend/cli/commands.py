@@ -1,13 +1,13 @@
 """The commands: parse, call one library function, print its report."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from reattend.cli.console import progress, show
+from reattend.cli.streams import put, tell
 from reattend.errors import Failure, Refusal
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -16,11 +16,16 @@ overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing 
 device = click.option("--device", default="cpu", show_default=True, help="Where tensors are computed: cpu, cuda:0.")
 calibration = click.option("--calibration", metavar="TEXT", help="Calibration text (a file, or dataset:PATH).")
 selection = click.option("--selection", metavar="TEXT", help="Another text, to choose parameters on.")
+windows = click.option("--windows", type=click.IntRange(1), help="Windows drawn from the calibration text.")
+selection_windows = click.option("--selection-windows", type=click.IntRange(1), help="Windows of the other text.")
+window = click.option("--window", type=click.IntRange(2), help="Tokens in a window.")
+_SETTINGS = ("calibration", "selection", "windows", "selection_windows", "window")  # those of the recipe
 
 
 def _run_options(command: Any) -> Any:
     """The options that `apply` and `convert` share."""
-    for option in (as_json, selection, calibration, device, overwrite, resume):
+    settings = (window, selection_windows, windows, selection, calibration)
+    for option in (as_json, *settings, device, overwrite, resume):
         command = option(command)
     return command
 
@@ -62,9 +67,10 @@ def _digest(changes: list[dict[str, Any]], most: int = 8) -> list[str]:
 def _apply(recipe: Any, model: str, out: str, options: dict[str, Any]) -> None:
     import reattend
     from reattend.pipeline.execution import read_findings
+    from reattend.recipes.schema import override
 
-    texts = {key: options.pop(key) for key in ("calibration", "selection")}
-    recipe = recipe.model_copy(update={key: text for key, text in texts.items() if text is not None})
+    settings = {key: options.pop(key) for key in _SETTINGS}
+    recipe = override(recipe, {key: value for key, value in settings.items() if value is not None})
     as_json = options.pop("as_json")
     with progress() as report:
         done = reattend.apply(recipe, model, out, progress=report, **options)
@@ -104,17 +110,16 @@ def convert(step: str, model: str, out: str, settings: tuple[str, ...], **option
 
 
 def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
-    import yaml
+    from reattend.recipes.schema import parse_yaml
 
     chosen = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise Refusal(f"--set {setting}: expected KEY=VALUE")
-        try:
-            chosen[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise Refusal(f"--set {setting}: the value is not valid YAML") from error
+        if key in chosen:
+            raise Refusal(f"--set {setting}: {key} is set twice")
+        chosen[key] = parse_yaml(value, f"--set {setting}")
     return chosen
 
 
@@ -131,7 +136,7 @@ def verify(out: str, against: str | None, as_json: bool) -> None:
     if report["problems"]:
         raise Failure(f"{out}: {len(report['problems'])} problems, the first: {report['problems'][0]}")
     if against is None and not as_json:
-        click.echo("logits were not compared: pass --against MODEL", err=True)
+        tell("logits were not compared: pass --against MODEL")
 
 
 @click.command()
@@ -182,17 +187,17 @@ def _builtin(name: str) -> str:
 @click.argument("name")
 def show_recipe(name: str) -> None:
     """Print a built-in recipe."""
-    click.echo(_builtin(name), nl=False)
+    put(_builtin(name), nl=False)
 
 
 @recipes.command("copy")
 @click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path))
-def copy_recipe(name: str, file: Path) -> None:
+@click.argument("file")
+def copy_recipe(name: str, file: str) -> None:
     """Copy a built-in recipe to FILE, to be edited."""
     text = _builtin(name)
     try:
-        with file.open("x", encoding="utf-8") as stream:
+        with Path(file).open("x", encoding="utf-8") as stream:
             stream.write(text)
     except OSError as error:
         raise Refusal(f"{file}: {error.strerror}") from error
@@ -203,7 +208,7 @@ def schema() -> None:
     """Print the JSON schema of recipes."""
     from reattend.recipes.schema import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=2))
+    put(json.dumps(json_schema(), indent=2))
 
 
 @click.command()
@@ -216,7 +221,7 @@ def demo(out: str, overwrite: bool, as_json: bool) -> None:
     from reattend import demo as bundled
 
     planned = reattend.apply("int8", bundled.MODEL, out, overwrite=overwrite)
-    click.echo("converted; verifying in a fresh process ...", err=True)
+    tell("converted; verifying in a fresh process ...")
     checked = reattend.verify(out, against=bundled.MODEL)
     with progress() as report:
         measured = reattend.evaluate(
@@ -224,7 +229,8 @@ def demo(out: str, overwrite: bool, as_json: bool) -> None:
         )
     sizes = {"bytes_before": planned.checkpoint.nbytes, "bytes_after": planned.layout.nbytes}
     show({"out": str(Path(out).resolve()), **sizes, **checked, **measured}, as_json=as_json)
-    sys.exit(1 if checked["problems"] else 0)
+    if checked["problems"]:
+        raise Failure(f"{out}: {len(checked['problems'])} problems, the first: {checked['problems'][0]}")
 
 
 evaluate.name = "eval"

@@ -1,15 +1,15 @@
 """What commands print: progress on standard error, one report on standard output."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import click
-
 from reattend.cli.report import aligned, human, table
+from reattend.cli.streams import put, tell
 from reattend.progress import Progress
 
 BYTE_PHASES = ("rewriting",)
@@ -36,33 +36,50 @@ def _bars() -> Iterator[Progress]:
         bars.TextColumn("{task.fields[amount]}"),
         bars.TimeRemainingColumn(),
     )
-    started: dict[str, float] = {}
+    clock = _Clock()
     with bars.Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, bars.TaskID] = {}
 
         def report(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                started[phase] = time.monotonic()
                 tasks[phase] = bar.add_task(phase, total=total, amount="")
-            amount = _amount(phase, done, total, time.monotonic() - started[phase])
+            elapsed, again = clock.elapsed(phase, done)
+            if again:
+                bar.reset(tasks[phase])
+            amount = _amount(phase, done, total, elapsed)
             bar.update(tasks[phase], completed=done, total=total, amount=amount)
 
         yield report
 
 
 def _lines() -> Progress:
-    started: dict[str, float] = {}
+    clock = _Clock()
     told: dict[str, int] = {}
 
     def report(phase: str, done: int, total: int) -> None:
-        start = started.setdefault(phase, time.monotonic())
-        elapsed = time.monotonic() - start
+        elapsed, again = clock.elapsed(phase, done)
         tenth = 10 * done // max(total, 1)
-        if tenth != told.get(phase, 0):
-            told[phase] = tenth
-            click.echo(f"{phase}: {_amount(phase, done, total, elapsed)}, {elapsed:.1f} s", err=True)
+        if tenth != (0 if again else told.get(phase, 0)):
+            tell(f"{phase}: {_amount(phase, done, total, elapsed)}, {elapsed:.1f} s")
+        told[phase] = tenth
 
     return report
+
+
+class _Clock:
+    """Times phases; one that starts again, as each step of a recipe does, is timed anew."""
+
+    def __init__(self) -> None:
+        self._started: dict[str, float] = {}
+        self._done: dict[str, int] = {}
+
+    def elapsed(self, phase: str, done: int) -> tuple[float, bool]:
+        """Return the seconds since a phase began, and whether it just began again."""
+        again = done < self._done.get(phase, 0)
+        if again or phase not in self._started:
+            self._started[phase] = time.monotonic()
+        self._done[phase] = done
+        return time.monotonic() - self._started[phase], again
 
 
 def _amount(phase: str, done: int, total: int, elapsed: float) -> str:
@@ -76,10 +93,19 @@ def _amount(phase: str, done: int, total: int, elapsed: float) -> str:
 def show(report: dict[str, Any], *, as_json: bool) -> None:
     """Print a report: as JSON, as a table on a terminal, as aligned lines elsewhere."""
     if as_json:
-        click.echo(json.dumps(report, indent=2))
+        put(json.dumps(_numbers(report), indent=2, allow_nan=False))
     elif sys.stdout.isatty():
         from rich.console import Console
 
         Console().print(table(report))
     else:
-        click.echo("\n".join(aligned(report)))
+        put("\n".join(aligned(report)))
+
+
+def _numbers(value: Any) -> Any:
+    """Return a report with null for what is no number: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
