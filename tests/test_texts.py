@@ -124,3 +124,13 @@ def test_columns_that_hold_no_text_are_refused(monkeypatch):
     for query, words in (("x", "'text' does not hold text"), ("x?column=passage", "columns are text, number")):
         with pytest.raises(Refusal, match=words):
             read_text(f"dataset:{query}")
+
+
+def test_a_paragraph_that_two_collections_repeat_is_let_through_and_more_is_not():
+    def words(start, count):
+        return " ".join(f"w{i}" for i in range(start, start + count))
+
+    one, other = words(0, 20_000), words(100_000, 20_000)
+    assert not overlap(fingerprint(one + " " + words(50_000, 90)), fingerprint(words(50_000, 90) + " " + other))
+    assert overlap(fingerprint(one + " " + words(50_000, 900)), fingerprint(words(50_000, 900) + " " + other))
+    assert overlap(fingerprint(one), fingerprint(words(3_000, 200)))

@@ -17,6 +17,7 @@ Fingerprint: TypeAlias = dict[str, Any]
 RUN = 13  # words of a shingle: unrelated texts hardly ever share one
 _SAMPLE = 5000
 _SHARED = 50  # shingles in common: quotations and boilerplate have fewer
+_SHARE = 0.01  # of the shorter text's: large collections repeat a paragraph here and there
 _DIGITS = 12  # of a hash, in hex
 _PRIME = (1 << 61) - 1
 _BASE = 0x1B873593CC9E2D51 % _PRIME
@@ -57,7 +58,8 @@ def _hashes(text: str, words: int) -> Iterator[int]:
 
 
 def overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Tell by their fingerprints whether two texts share about 50 shingles, or all of the shorter one's.
+    """Tell by their fingerprints whether two texts share text: 50 shingles and a hundredth of the shorter one's,
+    or all of the shorter one's where it has fewer.
 
     Texts of fewer than 13 words share text where their words are the same. Raises `ValueError` for what is
     no fingerprint.
@@ -67,8 +69,8 @@ def overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
         return False
     modulus = max(modulus, other_modulus)
     mine, theirs = ({h for h in hashes if h % modulus == 0} for hashes in (some, others))
-    shared = len(mine & theirs)
-    return shared > 0 and shared * modulus >= min(_SHARED, len(mine) * modulus, len(theirs) * modulus)
+    shared, shorter = len(mine & theirs) * modulus, min(len(mine), len(theirs)) * modulus
+    return shared > 0 and shared >= min(shorter, max(_SHARED, _SHARE * shorter))
 
 
 def _parsed(data: Mapping[str, Any]) -> tuple[set[int], int, int]:
