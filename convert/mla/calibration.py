@@ -4,15 +4,14 @@ Two passes are made. The first gathers every layer's second moments, from which 
 all layers follows; the second converts layer by layer, measuring and fitting on the layer's own inputs.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reattend.calibration.layerwise import LayerPass
+from reattend.calibration.layerwise import Hook, LayerPass
 from reattend.convert.mla.attention import LatentAttention, compose, output_error, read_source
 from reattend.convert.mla.closed_form import Choice, best_choice, convert_layer
 from reattend.convert.mla.geometry import Geometry
@@ -29,20 +28,15 @@ def gather_moments(layer: LayerPass, geometry: Geometry, tokens: int) -> dict[st
     accumulator = MomentAccumulator(geometry.heads, geometry.kv_heads, geometry.rotary, tokens, geometry.scale)
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, inputs, output: seen.__setitem__(name, output[0].cpu())
+    def keep(name: str) -> Hook:
+        return lambda module, args, kwargs, output: seen.__setitem__(name, output[0].cpu())
 
-    def add(module: nn.Module, inputs: Any, output: Any) -> None:
+    def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if layer.text == "calibration":
             q, k, v = (seen[n].view(len(seen[n]), -1, geometry.head_dim) for n in "qkv")
             accumulator.add(q, k, v)
 
-    with ExitStack() as stack:
-        for name in "qkv":
-            module = layer.module.get_submodule(f"self_attn.{name}_proj")
-            stack.callback(module.register_forward_hook(keep(name)).remove)
-        stack.callback(layer.module.get_submodule("self_attn").register_forward_hook(add).remove)
-        layer.run()
+    layer.run([*((f"self_attn.{name}_proj", keep(name)) for name in "qkv"), ("self_attn", add)])
     return store_moments(accumulator.result())
 
 
@@ -151,10 +145,5 @@ def _watch_attention(layer: LayerPass) -> dict[str, tuple[Tensor, Tensor]]:
         inputs[layer.text].append((args[0] if args else kwargs["hidden_states"]).cpu())
         outputs[layer.text].append((output[0] if isinstance(output, tuple) else output).cpu())
 
-    attention = layer.module.get_submodule("self_attn")
-    handle = attention.register_forward_hook(watch, with_kwargs=True)
-    try:
-        layer.run()
-    finally:
-        handle.remove()
+    layer.run([("self_attn", watch)])
     return {name: (torch.cat(inputs[name]), torch.cat(outputs[name])) for name in inputs}

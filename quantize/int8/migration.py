@@ -1,13 +1,12 @@
 """Smoothing of one layer: the factors that calibration finds, and the weights that take them up."""
 
 from collections.abc import Container, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reattend.calibration.layerwise import LayerPass
+from reattend.calibration.layerwise import Hook, LayerPass
 from reattend.errors import Failure
 from reattend.families.rows import Feed
 from reattend.families.source import Source
@@ -25,11 +24,7 @@ def layer_factors(layer: LayerPass, source: Source, quantised: Container[str]) -
     """
     feeds = {feed: [name for name in feed.consumers if name in quantised] for feed in source.family.feeds}
     watches = {feed: _Watch() for feed, consumers in feeds.items() if consumers}
-    with ExitStack() as stack:
-        for feed, watch in watches.items():
-            module = layer.module.get_submodule(feed.consumers[0])
-            stack.callback(module.register_forward_hook(watch.hook(layer)).remove)
-        layer.run()
+    layer.run([(feed.consumers[0], watch.hook(layer)) for feed, watch in watches.items()])
     found = {}
     for feed, watch in watches.items():
         weights = [layer.module.get_parameter(f"{name}.weight").detach() for name in feeds[feed]]
@@ -49,10 +44,10 @@ class _Watch:
         self.absmax: Tensor | None = None
         self.rows: list[Tensor] = []
 
-    def hook(self, layer: LayerPass) -> Any:
-        """Return a forward hook."""
+    def hook(self, layer: LayerPass) -> Hook:
+        """Return what is called after each call of the linear."""
 
-        def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def watch(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1])
             if layer.text == "calibration":
                 here = x.abs().amax(0)

@@ -4,8 +4,8 @@ With a model that accelerate offloads to disk, the peak is one layer plus the hi
 and every weight is read once per pass, however many windows there are.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from reattend.errors import Failure
 from reattend.families.rows import Family
+
+# Called with a submodule, its positional and named arguments, and its output.
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
 
 @dataclass
@@ -40,13 +43,19 @@ class LayerPass:
             raise Failure(f"layer {self.index}: returns {type(output).__name__}, a tensor was expected")
         return output
 
-    def run(self) -> None:
-        """Run the layer on every window and replace `hidden` by its outputs, once: attach hooks before."""
+    def run(self, hooks: Iterable[tuple[str, Hook]] = ()) -> None:
+        """Run the layer on every window and replace `hidden` by its outputs, once.
+
+        `hooks` pair submodules, as `self_attn.k_proj`, with what is called after each of their calls.
+        """
         if self._ran:
             raise RuntimeError(f"layer {self.index} ran already: its inputs are gone")
-        with torch.inference_mode():
-            for name, states in self.hidden.items():
-                self.text = name
+        with ExitStack() as stack, torch.inference_mode():
+            for name, hook in hooks:
+                module = self.module.get_submodule(name)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            for text, states in self.hidden.items():
+                self.text = text
                 for i in range(len(states)):
                     states[i : i + 1].copy_(self.call(states[i : i + 1]))
         self._ran = True

@@ -3,15 +3,14 @@
 Legend: N rows (tokens), C channels.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from reattend.calibration.layerwise import LayerPass
+from reattend.calibration.layerwise import Hook, LayerPass
 from reattend.errors import Failure
 
 
@@ -53,8 +52,7 @@ class Moments:
 def layer_moments(layer: LayerPass, points: Iterable[Point]) -> dict[Point, dict[str, Tensor]]:
     """Run a layer on all windows of all its texts and return `Moments.tensors` at each point."""
     found: dict[Point, Moments] = {}
-    with _watch(layer, points, found):
-        layer.run()
+    layer.run([(point.module, _hook(point, found)) for point in points])
     moments = {}
     for point in points:
         try:
@@ -64,23 +62,11 @@ def layer_moments(layer: LayerPass, points: Iterable[Point]) -> dict[Point, dict
     return moments
 
 
-@contextmanager
-def _watch(layer: LayerPass, points: Iterable[Point], found: dict[Point, Moments]) -> Iterator[None]:
-    handles = []
-    try:
-        for point in points:
-            handles.append(_hook(layer.module.get_submodule(point.module), point, found))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(module: nn.Module, point: Point, found: dict[Point, Moments]) -> Any:
-    def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _hook(point: Point, found: dict[Point, Moments]) -> Hook:
+    def watch(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         x = inputs[0] if point.side == "input" else output
         if point not in found:
             found[point] = Moments(x.shape[-1], x.device)
         found[point].add(x)
 
-    return module.register_forward_hook(watch)
+    return watch
