@@ -12,7 +12,7 @@ from reattend import demo
 from reattend.errors import Failure, Refusal
 from reattend.evaluation import perplexity
 from reattend.modeling import loading
-from reattend.texts.reading import fingerprint, read_text
+from reattend.texts.reading import read_text
 
 
 def reference(windows):
@@ -105,7 +105,7 @@ def test_a_text_that_shares_content_with_those_of_the_model_is_refused(tmp_path,
     monkeypatch.setattr(perplexity, "load", never)
     used = read_text(demo.EVAL_TEXT)
     (tmp_path / "piece.txt").write_text(used.content[2000:9000].upper(), "utf-8")
-    new = recorded(tmp_path / "new", {"calibration": {"sha256": used.sha256, "shingles": fingerprint(used)}})
+    new = recorded(tmp_path / "new", {"calibration": {"sha256": used.sha256, "shingles": used.fingerprint}})
     old = recorded(tmp_path / "old", {"selection": used.sha256})
     for model, text, purpose in (
         (new, tmp_path / "piece.txt", "calibration"),

@@ -10,7 +10,8 @@ import pytest
 
 from reattend import demo
 from reattend.errors import Failure, Refusal
-from reattend.texts.reading import Text, check_separate, fingerprint, overlap, read_text
+from reattend.texts.reading import Text, check_separate, read_text
+from reattend.texts.shingles import fingerprint_of, overlap
 
 EVAL = demo.EVAL_TEXT.read_text("utf-8")
 SELECT = demo.SELECT_TEXT.read_text("utf-8")
@@ -59,10 +60,10 @@ def test_other_texts_are_let_through(a, b):
 
 
 def test_a_fingerprint_is_small_plain_data_that_stays_the_same():
-    small, large = fingerprint(Text("", EVAL)), fingerprint(Text("", LONG))
+    small, large = Text("", EVAL).fingerprint, Text("", LONG).fingerprint
     assert json.loads(json.dumps(large)) == large
     assert len(large["hashes"]) < 130_000
-    assert fingerprint(Text("", "one two three")) == {"words": 3, "modulus": 1, "hashes": "1f2084b07756"}
+    assert Text("", "one two three").fingerprint == {"words": 3, "modulus": 1, "hashes": "1f2084b07756"}
     assert not overlap(small, large)
     for bad in ({}, {"words": 1, "modulus": 0, "hashes": ""}, {"words": 1, "modulus": 1, "hashes": "xyz"}, [], 3):
         with pytest.raises(ValueError, match="fingerprint"):
@@ -131,6 +132,6 @@ def test_a_paragraph_that_two_collections_repeat_is_let_through_and_more_is_not(
         return " ".join(f"w{i}" for i in range(start, start + count))
 
     one, other = words(0, 20_000), words(100_000, 20_000)
-    assert not overlap(fingerprint(one + " " + words(50_000, 90)), fingerprint(words(50_000, 90) + " " + other))
-    assert overlap(fingerprint(one + " " + words(50_000, 900)), fingerprint(words(50_000, 900) + " " + other))
-    assert overlap(fingerprint(one), fingerprint(words(3_000, 200)))
+    assert not overlap(fingerprint_of(one + " " + words(50_000, 90)), fingerprint_of(words(50_000, 90) + " " + other))
+    assert overlap(fingerprint_of(one + " " + words(50_000, 900)), fingerprint_of(words(50_000, 900) + " " + other))
+    assert overlap(fingerprint_of(one), fingerprint_of(words(3_000, 200)))

@@ -133,10 +133,14 @@ def verify(out: str, against: str | None, as_json: bool) -> None:
 
     report = reattend.verify(out, against=against)
     show(report, as_json=as_json)
-    if report["problems"]:
-        raise Failure(f"{out}: {len(report['problems'])} problems, the first: {report['problems'][0]}")
+    _fail_on(report["problems"], out)
     if against is None and not as_json:
         tell("logits were not compared: pass --against MODEL")
+
+
+def _fail_on(problems: list[str], out: str) -> None:
+    if problems:
+        raise Failure(f"{out}: {len(problems)} problems, the first: {problems[0]}")
 
 
 @click.command()
@@ -229,8 +233,7 @@ def demo(out: str, overwrite: bool, as_json: bool) -> None:
         )
     sizes = {"bytes_before": planned.checkpoint.nbytes, "bytes_after": planned.layout.nbytes}
     show({"out": str(Path(out).resolve()), **sizes, **checked, **measured}, as_json=as_json)
-    if checked["problems"]:
-        raise Failure(f"{out}: {len(checked['problems'])} problems, the first: {checked['problems'][0]}")
+    _fail_on(checked["problems"], out)
 
 
 evaluate.name = "eval"

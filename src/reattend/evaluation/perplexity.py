@@ -53,13 +53,17 @@ def evaluate(
     for measured in (model, against):
         if measured is not None:
             check_unused(content, measured)
-    tokenizer = _tokenizer(model)
+    folder = open_files(model).download()
+    tokenizer = _tokenizer(model, folder)
     bos_each = "bos_every_window" in sources[0].family.features
     cut = read_windows(content, tokenizer, window=window, windows=windows, bos_each=bos_each)
-    if against is not None:
-        _check_tokenizers(tokenizer, load_tokenizer(open_files(against).download()), cut)
-    subject = _Subject(str(model), load(model, dtype=dtype, device=device).model)
-    base = None if against is None else _Subject(str(against), load(against, dtype=dtype, device=device).model)
+    base_folder = None if against is None else open_files(against).download()
+    if base_folder is not None:
+        _check_tokenizers(tokenizer, load_tokenizer(base_folder), cut)
+    subject = _Subject(str(model), load(folder, dtype=dtype, device=device).model)
+    base = (
+        None if base_folder is None else _Subject(str(against), load(base_folder, dtype=dtype, device=device).model)
+    )
     rows = []
     for number, ids in enumerate(cut.ids, 1):
         rows.append(_measure(subject, base, ids))
@@ -86,8 +90,8 @@ def _check_dtype(dtype: str) -> None:
         raise Refusal(f"dtype: {dtype!r} is not auto, float32, bfloat16, float16 or float64")
 
 
-def _tokenizer(model: Path) -> Any:
-    tokenizer = load_tokenizer(open_files(model).download())
+def _tokenizer(model: Path, folder: Path) -> Any:
+    tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise Refusal(f"{model}: has no tokenizer, and perplexity needs one")
     return tokenizer

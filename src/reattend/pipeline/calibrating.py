@@ -15,7 +15,7 @@ from reattend.errors import Refusal
 from reattend.modeling.loading import load, load_tokenizer
 from reattend.pipeline.planning import Plan, Stage
 from reattend.progress import Progress
-from reattend.texts.reading import Text, check_separate, fingerprint, read_text
+from reattend.texts.reading import Text, check_separate, read_text
 from reattend.transform import Passes, Statistics
 
 _COMPLETE = "complete"
@@ -75,7 +75,7 @@ class Calibration:
     def records(self) -> dict[str, Any]:
         """Return what an output remembers of the texts, so that none of them is measured on."""
         return {
-            purpose: {"sha256": text.sha256, "shingles": fingerprint(text)} for purpose, text in self.texts.items()
+            purpose: {"sha256": text.sha256, "shingles": text.fingerprint} for purpose, text in self.texts.items()
         }
 
     def statistics(self, stage: Stage, model: Path, staging: Staging) -> Statistics:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class _Run:
     calibration: Calibration
     progress: Progress
 
+    @cached_property
     def manifest(self) -> dict[str, Any]:
         """What an output says about how it came to be."""
         return {
@@ -44,7 +46,7 @@ class _Run:
         folder, checkpoint = Path(self.plan.checkpoint.files.name), self.plan.checkpoint
         times = {f: (folder / f).stat().st_mtime_ns for f in sorted([*checkpoint.digests, *checkpoint.sidecars])}
         headers = [hashlib.sha256(h).hexdigest() for s in self.plan.stages for h in s.layout.headers.values()]
-        return {**self.manifest(), "times": times, "headers": headers, "device": self.calibration.device}
+        return {**self.manifest, "times": times, "headers": headers, "device": self.calibration.device}
 
 
 def apply(
@@ -152,7 +154,7 @@ def _run_stage(run: _Run, stage: Stage, folder: Path, staging: Staging) -> None:
     findings = [] if stage is run.plan.stages[0] else read_findings(folder)
     findings.append(stage.transform.findings(statistics))
     staging.add_file(RECIPE, dump_recipe(run.plan.recipe).encode())
-    staging.add_file(MANIFEST, _json(run.manifest() | {"findings": findings}))
+    staging.add_file(MANIFEST, _json(run.manifest | {"findings": findings}))
     _declare(stage, stage.transform.edit_config(stage.source, statistics), staging)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reattend.checkpoint.files import open_files
-from reattend.checkpoint.index import Checkpoint, fingerprint, open_checkpoint, read_json
+from reattend.checkpoint.index import MANIFEST, Checkpoint, fingerprint, open_checkpoint, read_json
 from reattend.errors import Failure, Refusal
 from reattend.families.source import source_of
 from reattend.modeling.loading import load_tokenizer
@@ -54,17 +54,17 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
 
 
 def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
-    manifest = read_json(checkpoint.files, checkpoint.sizes, "reattend.json")  # only our outputs have one
+    manifest = read_json(checkpoint.files, checkpoint.sizes, MANIFEST)  # only our outputs have one
     tolerance = manifest.get("tolerance")
     number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
     if not number or not isinstance(manifest.get("source"), str):
-        raise Refusal(f"{checkpoint.files.name}/reattend.json: is damaged")
+        raise Refusal(f"{checkpoint.files.name}/{MANIFEST}: is damaged")
     return manifest
 
 
 def _source(manifest: dict[str, Any], against: str | os.PathLike[str]) -> Path:
     if fingerprint(open_checkpoint(against)) != manifest["source"]:
-        raise Refusal(f"{against}: is not the source that reattend.json records")
+        raise Refusal(f"{against}: is not the source that {MANIFEST} records")
     return open_files(against).download()
 
 

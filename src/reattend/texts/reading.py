@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -13,7 +14,6 @@ from reattend.errors import Failure, Refusal, first_line
 from reattend.texts.shingles import Fingerprint, fingerprint_of, overlap
 
 DATASET = "dataset:"
-__all__ = ["Text", "check_separate", "fingerprint", "overlap", "read_text"]
 _DATASET_KEYS = {"name": "", "split": "train", "column": "text"}
 
 
@@ -28,6 +28,11 @@ class Text:
     def sha256(self) -> str:
         """Hash of the UTF-8 bytes."""
         return hashlib.sha256(self.content.encode()).hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells whether another text shares content with this one: see `overlap`."""
+        return fingerprint_of(self.content)
 
 
 def read_text(source: str | os.PathLike[str]) -> Text:
@@ -106,17 +111,11 @@ def _column(name: str, rows: Any, column: str) -> str:
         raise Refusal(f"{name}: column {column!r} does not hold text in every row") from error
 
 
-def fingerprint(text: Text | str) -> Fingerprint:
-    """Return what later tells whether another text shares content with this one: see `overlap`."""
-    return fingerprint_of(text if isinstance(text, str) else text.content)
-
-
 def check_separate(texts: Mapping[str, Text]) -> None:
     """Refuse texts of different purposes that share text, however it is wrapped, spaced or capitalised."""
     seen: dict[str, Fingerprint] = {}
     for purpose, text in texts.items():
-        found = fingerprint(text)
         for other, known in seen.items():
-            if overlap(found, known):
+            if overlap(text.fingerprint, known):
                 raise Refusal(f"{text.name}: shares text with the {other} text, and must be another one")
-        seen[purpose] = found
+        seen[purpose] = text.fingerprint
