@@ -167,7 +167,7 @@ def compose(source: SourceAttention, maps: AttentionMaps) -> LatentAttention:
     o_EHD = source.o_EHD.double()
     return LatentAttention(
         weights[0], weights[1], maps.key_HDL, maps.value_HDL.expand(heads, -1, -1), o_EHD,
-        _pick(source.rotary, maps.pair_P), source.scale * source.rotary.factor**2,
+        source.rotary.pick(maps.pair_P), source.scale * source.rotary.factor**2,
         biases[0][..., 0] if source.q_bias_HD is not None else None,
         biases[1][..., 0] if has_kv_bias else None,
         _output_bias(o_EHD, maps.value_bias_HD, source.o_bias_E),
@@ -184,11 +184,6 @@ def _composed(maps: AttentionMaps, q_HDE: Tensor, k_GDE: Tensor, v_GDE: Tensor) 
     latent = torch.einsum("lgd,gde->le", maps.down_key_LGD, k_GDE)
     latent = latent + torch.einsum("lgd,gde->le", maps.down_value_LGD, v_GDE)
     return query_HQE, torch.cat([latent, torch.einsum("rgd,gde->re", maps.rope_key_RGD, k_GDE)])
-
-
-def _pick(rotary: Rotary, pair_P: Tensor) -> Rotary:
-    long = None if rotary.long_frequency_F is None else rotary.long_frequency_F[pair_P]
-    return Rotary(rotary.frequency_F[pair_P], 1.0, long, rotary.switch_tokens)
 
 
 def _output_bias(o_EHD: Tensor, value_bias_HD: Tensor | None, bias_E: Tensor | None) -> Tensor | None:

@@ -62,7 +62,7 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def attention_name(source: Source, layer: int, name: str) -> str:
     """Return the full name of a tensor of a layer's attention, such as `q_proj.weight`."""
-    return f"{source.prefix}{source.family.layer}.{layer}.self_attn.{name}"
+    return f"{source.layer_prefix(layer)}self_attn.{name}"
 
 
 def native_specs(geometry: Geometry, rope_dim: int, latent_rank: int, *, biased: bool) -> dict[str, tuple[int, ...]]:

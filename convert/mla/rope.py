@@ -37,6 +37,11 @@ class Rotary:
         chosen = self.long_frequency_F if beyond and self.long_frequency_F is not None else self.frequency_F
         return chosen.double()
 
+    def pick(self, pair_P: Tensor) -> "Rotary":
+        """Return the rotary of some pairs, by index and with repeats; its factor is 1, to be put elsewhere."""
+        long_P = None if self.long_frequency_F is None else self.long_frequency_F[pair_P]
+        return Rotary(self.frequency_F[pair_P], 1.0, long_P, self.switch_tokens)
+
 
 def read_rotary(parameters: Mapping[str, Any], rotary_dim: int, max_positions: int) -> Rotary:
     """Evaluate a rope-parameter dict for `rotary_dim` numbers per head.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reattend.calibration.layerwise import LayerPass
 from reattend.checkpoint.header import TensorSpec
+from reattend.checkpoint.tensors import TORCH_DTYPES
 from reattend.convert.mla.attention import LatentAttention
 from reattend.convert.mla.calibration import Conversion, convert, gather_moments, read_moments, slots_of_all
 from reattend.convert.mla.geometry import (
@@ -27,12 +28,11 @@ from reattend.convert.mla.native import (
     native_rope,
 )
 from reattend.convert.mla.refit import Schedule
-from reattend.convert.mla.rope import Rotary
 from reattend.errors import Refusal
 from reattend.families.source import Source
 from reattend.transform import Group, Passes, Statistics
 
-_TORCH = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16, "F64": torch.float64}
+_FLOATS = ("F16", "F32", "BF16", "F64")
 _READ = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 _BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")
 # What no weights of deepseek_v3 can express, by the feature that a family's row names.
@@ -98,7 +98,7 @@ class Mla(BaseModel):
         for layer in range(source.num_layers):
             names = [attention_name(source, layer, name) for name in (*_READ, *_BIASES)]
             for spec in (source.tensors[name] for name in names if name in source.tensors):
-                if spec.dtype not in _TORCH:
+                if spec.dtype not in _FLOATS:
                     raise Refusal(f"mla: tensor {spec.name!r} is {spec.dtype}, not a 16-, 32- or 64-bit float")
             biases = [attention_name(source, layer, f"{n}_proj.bias") in source.tensors for n in "qkv"]
             if len(set(biases)) != 1:
@@ -192,19 +192,16 @@ class Mla(BaseModel):
             return {spec.name: embedding for spec in group.writes}
         found = statistics[group.key]
         prefix = attention_name(source, int(group.key), "")
-        return {spec.name: found[spec.name.removeprefix(prefix)].to(_TORCH[spec.dtype]) for spec in group.writes}
+        return {
+            spec.name: found[spec.name.removeprefix(prefix)].to(TORCH_DTYPES[spec.dtype]) for spec in group.writes
+        }
 
     def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:
         """Return a deepseek_v3 config with all layers dense."""
         geometry = read_geometry(source)
         rope: Mapping[str, Any] = {"rope_type": "default", "rope_theta": geometry.theta}
         if "model" in statistics:
-            pairs = statistics["model"]["pairs"]
-            long = geometry.rotary.long_frequency_F
-            chosen = Rotary(
-                geometry.rotary.frequency_F[pairs], 1.0, None if long is None else long[pairs],
-                geometry.rotary.switch_tokens,
-            )  # fmt: skip
+            chosen = geometry.rotary.pick(statistics["model"]["pairs"])
             rope = native_rope(chosen, geometry.theta, geometry.max_positions)
         return native_config(
             source.config, self._shape(geometry), rope, biased=self._biased, query_latent=geometry.query_bias,

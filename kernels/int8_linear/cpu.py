@@ -1,6 +1,6 @@
 """Int8 linears from torch's own operators, for hosts that can't build `native.c`.
 
-What each operator is good for without VNNI was measured on Zen 3: docs/int8_figures.md.
+What each operator is good for without VNNI was measured on Zen 3: docs/int8.md.
 Legend: M rows, I input channels, O output channels.
 """
 

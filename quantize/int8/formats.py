@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from reattend.checkpoint.header import TensorSpec
+from reattend.checkpoint.tensors import TORCH_DTYPES
 from reattend.quantize.int8.formulas import CODE_MAX, pack_codes
 
 # The layouts of compressed-tensors by their names there, and that of bitsandbytes.
 Format = Literal["int-quantized", "pack-quantized", "bitsandbytes"]
-_SCALES = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}
+_SCALES = ("F16", "F32", "BF16")  # what a scale is stored in: the weight's own dtype, or bf16
 
 
 def specs(format: Format, weight: TensorSpec) -> tuple[TensorSpec, ...]:
@@ -36,7 +37,7 @@ def tensors(format: Format, weight: TensorSpec, codes: Tensor, scale: Tensor) ->
         values = [codes, (scale * CODE_MAX).flatten(), torch.zeros((), dtype=torch.uint8)]
     else:
         stored = [codes] if format == "int-quantized" else [pack_codes(codes), torch.tensor(codes.shape)]
-        values = [*stored, scale.to(_SCALES[written[-1].dtype])]
+        values = [*stored, scale.to(TORCH_DTYPES[written[-1].dtype])]
     return {spec.name: value for spec, value in zip(written, values, strict=True)}
 
 

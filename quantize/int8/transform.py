@@ -87,7 +87,7 @@ class Int8(BaseModel):
         post_norm = not source.get("do_layer_norm_before") or source.get("activation_function") != "relu"
         if family.model_type == "opt" and post_norm:
             raise Refusal("int8: outliers: OPT can be smoothed with do_layer_norm_before and a ReLU only")
-        for prefix in (self._prefix(source, layer) for layer in range(source.num_layers)):
+        for prefix in (source.layer_prefix(layer) for layer in range(source.num_layers)):
             for feed in family.feeds:
                 if f"{prefix}{feed.producer}.weight" not in source.tensors:
                     raise Refusal(f"int8: outliers: {prefix}{feed.producer} has no weight that could be scaled")
@@ -119,7 +119,7 @@ class Int8(BaseModel):
         taken = {f"{module}.weight" for module in self._modules(source)}
         smoothed: set[str] = set()
         for layer in range(source.num_layers if self.outliers == "smooth" else 0):
-            prefix = self._prefix(source, layer)
+            prefix = source.layer_prefix(layer)
             names = layer_tensors(source, prefix)
             smoothed |= set(names)
             yield Group(tuple(names), self._writes(source, names, taken), key=str(layer))
@@ -140,12 +140,9 @@ class Int8(BaseModel):
         """Find every layer's smoothing factors."""
         modules = set(self._modules(source))
         for layer in passes():
-            prefix = self._prefix(source, layer.index)
+            prefix = source.layer_prefix(layer.index)
             quantised = {module.removeprefix(prefix) for module in modules}
             statistics[str(layer.index)] = layer_factors(layer, source, quantised)
-
-    def _prefix(self, source: Source, layer: int | str) -> str:
-        return f"{source.prefix}{source.family.layer}.{layer}."
 
     def apply(
         self,
@@ -157,7 +154,7 @@ class Int8(BaseModel):
         """Smooth the group if it is a layer; quantise the weights that are to be."""
         kept = {spec.name for spec in group.writes if spec == source.tensors.get(spec.name)}
         factors = statistics[group.key] if group.key else {}
-        prefix = self._prefix(source, group.key) if group.key else ""
+        prefix = source.layer_prefix(group.key) if group.key else ""
         written: dict[str, Tensor] = {}
         for name in group.reads:  # one at a time: the fp32 copy of a single tensor is alive
             tensor = tensors[name]

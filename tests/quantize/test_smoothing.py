@@ -62,7 +62,7 @@ def test_migration_alone_changes_no_bit_of_the_logits(models, family):
         before = model(ids).logits
     state = model.state_dict()
     for layer in range(source.num_layers):
-        prefix = f"{source.prefix}{source.family.layer}.{layer}."
+        prefix = source.layer_prefix(layer)
         factors = {}
         for feed in source.family.feeds:
             rows = torch.randint(-4, 5, (producer_rows(feed, source),), generator=generator)

@@ -69,12 +69,15 @@ class Source:
         }
         return products[symbol]() if symbol in products else int(self.get(symbol))
 
+    def layer_prefix(self, layer: int | str) -> str:
+        """Return what the names of a layer's tensors begin with, as `model.layers.3.`."""
+        return f"{self.prefix}{self.family.layer}.{layer}."
+
     def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Yield (module name, weight shape as stored) of every linear layer of every layer."""
         for layer in range(self.num_layers):
             for name, (rows, columns) in self.family.linears.items():
-                module = f"{self.prefix}{self.family.layer}.{layer}.{name}"
-                yield module, (self.size(rows), self.size(columns))
+                yield self.layer_prefix(layer) + name, (self.size(rows), self.size(columns))
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
