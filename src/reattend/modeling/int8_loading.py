@@ -18,6 +18,7 @@ from reattend.checkpoint.tensors import ShardReader
 from reattend.errors import Failure, Refusal
 from reattend.kernels.int8_linear import Outliers
 from reattend.kernels.int8_linear.reference import CODE_MAX, quantize_rows
+from reattend.modeling.architecture import model_class
 from reattend.modeling.int8 import Int8Linear, fuse_linears, replace_linears
 
 _PACKED_ZERO = 128  # pack-quantized stores code + 128
@@ -108,13 +109,11 @@ def _empty_model(config: Mapping[str, Any], path: Path, dtype: str) -> nn.Module
     stock = transformers.AutoConfig.from_pretrained(path)
     if hasattr(stock, "quantization_config"):
         del stock.quantization_config
-    names = config.get("architectures") or ["?"]
-    kind = getattr(transformers, names[0], None)
-    if kind is None:
-        raise Refusal(f"{path}/config.json: architecture {names[0]!r} is unknown to transformers")
+    if not config.get("architectures"):
+        raise Refusal(f"{path}/config.json: architectures names no class of transformers")
     chosen = getattr(torch, dtype) if dtype != "auto" else stock.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = kind._from_config(stock, dtype=chosen)
+        model: nn.Module = model_class(path, dict(config))._from_config(stock, dtype=chosen)
     return model
 
 

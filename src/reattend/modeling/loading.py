@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple
 from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import Checkpoint, open_checkpoint
 from reattend.errors import Failure, ReattendError, Refusal
+from reattend.modeling.architecture import model_class, told
 from reattend.modeling.int8_loading import load_int8, runs_on_kernels
 
 _LIBRARIES = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _NUMBERS_PER_WORD = 4  # 8-bit codes in words of 32
-_LONGEST = 300  # characters of another library's message
 _SHARE_OF_MEMORY = 0.8  # of what is free: activations and logits need the rest
 
 
@@ -47,7 +47,7 @@ def load(
     _check_config(path, checkpoint)
     _check_dtype(dtype)
     check_device(device)
-    kind = _model_class(path, checkpoint.config)
+    kind = model_class(path, checkpoint.config)
     if runtime == "auto" and not offload and runs_on_kernels(checkpoint.config):
         return Loaded(_on_kernels(path, checkpoint, dtype, device), load_tokenizer(path))
     _check_library(path, checkpoint.config)
@@ -59,7 +59,7 @@ def load(
         shutil.rmtree(scratch, ignore_errors=True)
         if not isinstance(error, Exception):
             raise
-        raise Failure(f"{path}: transformers can't load it: {_told(error)}") from error
+        raise Failure(f"{path}: transformers can't load it: {told(error)}") from error
     weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
     if dtype != "auto":
         _cast(model, dtype)
@@ -74,15 +74,7 @@ def _on_kernels(path: Path, checkpoint: Checkpoint, dtype: str, device: str) -> 
     except ReattendError:
         raise
     except Exception as error:
-        raise Failure(f"{path}: can't be loaded: {_told(error)}") from error
-
-
-def _told(error: Exception) -> str:
-    """Return a foreign error in one line of some length: its type too, where the message may say little alone."""
-    told = " ".join(str(error).split())
-    plain = isinstance(error, (OSError, ValueError, RuntimeError)) and told
-    told = told if plain else f"{type(error).__name__}: {told}"
-    return told if len(told) <= _LONGEST else f"{told[:_LONGEST]} ..."
+        raise Failure(f"{path}: can't be loaded: {told(error)}") from error
 
 
 def check_device(device: str) -> None:
@@ -110,21 +102,6 @@ def _check_dtype(dtype: str) -> None:
     found = getattr(torch, str(dtype), None)
     if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise Refusal(f"dtype {dtype!r}: expected auto, or a floating-point type such as float32 or bfloat16")
-
-
-def _model_class(path: Path, config: dict[str, Any]) -> Any:
-    import transformers
-
-    names = config.get("architectures") or []
-    if not names:
-        return transformers.AutoModelForCausalLM
-    try:
-        kind = getattr(transformers, names[0], None)
-    except Exception as error:  # importing the model's module
-        raise Failure(f"{path}: transformers can't import {names[0]}: {_told(error)}") from error
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise Refusal(f"{path}/config.json: architecture {names[0]!r} is unknown to transformers")
-    return kind
 
 
 def _placement(checkpoint: Checkpoint, dtype: str, device: str, offload: bool | None) -> dict[str, Any]:
@@ -192,7 +169,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        raise Failure(f"{path}: its tokenizer can't be loaded: {_told(error)}") from error
+        raise Failure(f"{path}: its tokenizer can't be loaded: {told(error)}") from error
 
 
 def _check_config(path: Path, checkpoint: Checkpoint) -> None:
