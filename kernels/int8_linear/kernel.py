@@ -78,7 +78,18 @@ def _tile(M, O, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, GROUP: tl.constexp
     per_group = GROUP * tl.cdiv(O, BLOCK_O)
     first = (i // per_group) * GROUP
     size = tl.minimum(tiles_m - first, GROUP)
-    return first + (i % per_group) % size, (i % per_group) // size
+    i_m, i_o = first + (i % per_group) % size, (i % per_group) // size
+    o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_o = (i_o * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
+    return o_m, o_o
+
+
+@triton.jit
+def _finish(y, p_bias, p_y, o_m, o_o, M, O, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        y += tl.load(p_bias + o_o, mask=o_o < O, other=0.0).to(tl.float32)[None, :]
+    m_y = (o_m < M)[:, None] & (o_o < O)[None, :]
+    tl.store(p_y + o_m[:, None] * O + o_o[None, :], y.to(p_y.dtype.element_ty), mask=m_y)
 
 
 @triton.jit
@@ -87,9 +98,7 @@ def _w8a8_kernel(
     HAS_BIAS: tl.constexpr, HAS_OUTLIERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    i_m, i_o = _tile(M, O, BLOCK_M, BLOCK_O, 8)
-    o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    o_o = (i_o * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
+    o_m, o_o = _tile(M, O, BLOCK_M, BLOCK_O, 8)
     m_m, m_o = o_m < M, o_o < O
     acc = tl.zeros([BLOCK_M, BLOCK_O], tl.int32)
     for start in range(0, I, BLOCK_I):
@@ -116,10 +125,7 @@ def _w8a8_kernel(
             b_x = tl.load(p_x + o_m[:, None] * stride_x + o_column[None, :], mask=m_x, other=0.0)
             b_s = tl.load(p_slice + o_o[None, :] * N + o_n[:, None], mask=m_s, other=0.0)
             y = tl.dot(b_x, b_s.to(b_x.dtype), y)
-    if HAS_BIAS:
-        y += tl.load(p_bias + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
-    m_y = m_m[:, None] & m_o[None, :]
-    tl.store(p_y + o_m[:, None] * O + o_o[None, :], y.to(p_y.dtype.element_ty), mask=m_y)
+    _finish(y, p_bias, p_y, o_m, o_o, M, O, HAS_BIAS)
 
 
 @triton.jit
@@ -127,9 +133,7 @@ def _w8a16_kernel(
     p_x, p_w, p_w_scale, p_bias, p_y, M, O, I, stride_x, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    i_m, i_o = _tile(M, O, BLOCK_M, BLOCK_O, 8)
-    o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    o_o = (i_o * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
+    o_m, o_o = _tile(M, O, BLOCK_M, BLOCK_O, 8)
     m_m, m_o = o_m < M, o_o < O
     y = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     for start in range(0, I, BLOCK_I):
@@ -139,10 +143,7 @@ def _w8a16_kernel(
         # A code is exact in any float dtype, so the scale can wait for the epilogue.
         y = tl.dot(b_x, b_w.to(b_x.dtype), y, input_precision="ieee")
     y *= tl.load(p_w_scale + o_o, mask=m_o, other=0.0)[None, :]
-    if HAS_BIAS:
-        y += tl.load(p_bias + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
-    m_y = m_m[:, None] & m_o[None, :]
-    tl.store(p_y + o_m[:, None] * O + o_o[None, :], y.to(p_y.dtype.element_ty), mask=m_y)
+    _finish(y, p_bias, p_y, o_m, o_o, M, O, HAS_BIAS)
 
 
 @triton.jit
