@@ -75,7 +75,7 @@ class Staging:
         self._resume = resume
         self._overwrite = overwrite
         self._fresh = True
-        self._finished = False
+        self.finished = False  # an interrupted run had written everything: `commit` is all that is left
         self.done: set[int] = set()
         self._shards: dict[str, int] = {}
         self._pending: list[int] = []
@@ -130,11 +130,11 @@ class Staging:
             self._journal.truncate(0)
             self._clear()
             self._note(self._key)
-        self._finished = "finished" in lines
-        if not self._finished and self.out.exists() and not self._overwrite and not _empty(self.out):
+        self.finished = "finished" in lines
+        if not self.finished and self.out.exists() and not self._overwrite and not _empty(self.out):
             raise Refusal(f"{self.out}: exists; pass --overwrite to replace it")
         self.done = {group for line in lines[1:] if isinstance(line, list) for group in line}
-        for folder in () if self._finished else (self.files, self.work):
+        for folder in () if self.finished else (self.files, self.work):
             folder.mkdir(exist_ok=True)
 
     def _recall(self) -> list[Any]:
@@ -155,11 +155,6 @@ class Staging:
         self._journal.write(json.dumps(value).encode() + b"\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
-
-    @property
-    def finished(self) -> bool:
-        """Whether an interrupted run had written everything, so that `commit` is all that is left."""
-        return self._finished
 
     @property
     def holds_work(self) -> bool:
@@ -208,7 +203,7 @@ class Staging:
 
     def commit(self) -> None:
         """Make the output appear, in place of an older one when overwriting."""
-        if not self._finished:
+        if not self.finished:
             self.sync()
             _sync_path(self.files)
             self._note("finished")
