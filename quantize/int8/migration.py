@@ -1,70 +1,12 @@
-"""Smoothing of one layer: the factors that calibration finds, and the weights that take them up."""
+"""Smoothing of one layer: whose channels a factor divides, and the weights that take it up."""
 
-from collections.abc import Container, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from reattend.calibration.layerwise import Hook, LayerPass
-from reattend.errors import Failure
 from reattend.families.rows import Feed
 from reattend.families.source import Source
-from reattend.quantize.int8.smoothing import best_factors, share
-
-ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-_ROWS = 2048  # tokens of the selection text that the search looks at: enough to rank, bounded in memory
-
-
-def layer_factors(layer: LayerPass, source: Source, quantised: Container[str]) -> dict[str, Tensor]:
-    """Return the factors s_I of a layer's feeds, by the producer's name, and the alphas chosen.
-
-    Ranges come from the calibration text, alpha from the selection text, by the error of the consumers that are
-    `quantised` (names within the layer); a feed without one is left alone.
-    """
-    feeds = {feed: [name for name in feed.consumers if name in quantised] for feed in source.family.feeds}
-    watches = {feed: _Watch() for feed, consumers in feeds.items() if consumers}
-    layer.run([(feed.consumers[0], watch.hook(layer)) for feed, watch in watches.items()])
-    found = {}
-    for feed, watch in watches.items():
-        weights = [layer.module.get_parameter(f"{name}.weight").detach() for name in feeds[feed]]
-        try:
-            alpha, factors = _search(weights, feed, source, watch)
-        except ValueError as error:
-            raise Failure(f"layer {layer.index}, input of {feed.consumers[0]}: {error}") from error
-        found[feed.producer] = factors.cpu()
-        found[f"{feed.producer}.alpha"] = torch.tensor([alpha])
-    return found
-
-
-class _Watch:
-    """The range of one linear's input over the calibration text, and its rows on the selection text."""
-
-    def __init__(self) -> None:
-        self.absmax: Tensor | None = None
-        self.rows: list[Tensor] = []
-
-    def hook(self, layer: LayerPass) -> Hook:
-        """Return what is called after each call of the linear."""
-
-        def watch(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1])
-            if layer.text == "calibration":
-                here = x.abs().amax(0)
-                self.absmax = here if self.absmax is None else torch.maximum(self.absmax, here)
-            elif sum(map(len, self.rows)) < _ROWS:
-                self.rows.append(x.clone())
-
-        return watch
-
-
-def _search(weights: list[Tensor], feed: Feed, source: Source, watch: _Watch) -> tuple[float, Tensor]:
-    assert watch.absmax is not None
-    absmax, weight_absmax = watch.absmax, torch.stack([w.abs().amax(0) for w in weights]).amax(0)
-    if absmax.numel() != producer_rows(feed, source):
-        heads = int(source.get("heads"))
-        absmax, weight_absmax = (share(v, heads, source.num_kv_heads) for v in (absmax, weight_absmax))
-    return best_factors(torch.cat(watch.rows), weights, absmax, weight_absmax, ALPHAS)
 
 
 def producer_rows(feed: Feed, source: Source) -> int:
@@ -75,30 +17,35 @@ def producer_rows(feed: Feed, source: Source) -> int:
     return source.size(linear[0]) if linear else source.size("hidden")
 
 
+def owners(feed: Feed, source: Source) -> Tensor:
+    """Return the producer's channel that each column of the consumers takes in, (I,) int64.
+
+    The output projection's input repeats each value channel over the query heads of a group.
+    """
+    rows, columns = producer_rows(feed, source), source.size(source.family.linears[feed.consumers[0]][1])
+    own = torch.arange(rows)
+    if rows == columns:
+        return own
+    return own.reshape(source.num_kv_heads, 1, -1).expand(-1, columns // rows, -1).reshape(-1)
+
+
 def migrate(name: str, tensor: Tensor, factors: Mapping[str, Tensor], source: Source) -> Tensor:
     """Return a tensor of a layer (`name` within it, as `mlp.up_proj.weight`) with every feed's s moved; fp32.
 
-    What a feed produces is divided by its s, the columns that consume it are multiplied.
+    `factors` maps `PRODUCER.factors` to s (R,). What a feed produces is divided by its s, the columns that consume
+    it are multiplied.
     """
     module, _, kind = name.rpartition(".")
     moved = tensor.float()
     for feed in source.family.feeds:
-        if feed.producer not in factors:
+        if f"{feed.producer}.factors" not in factors:
             continue
-        s_I = factors[feed.producer]
+        s_R = factors[f"{feed.producer}.factors"].to(moved.device)
         if module in feed.consumers and kind == "weight":
-            moved = moved * s_I
+            moved = moved * s_R[owners(feed, source).to(moved.device)]
         if module == feed.producer:
-            moved = _divided(moved, feed, _per_row(s_I, feed, source), source)
+            moved = _divided(moved, feed, s_R, source)
     return moved
-
-
-def _per_row(s_I: Tensor, feed: Feed, source: Source) -> Tensor:
-    """The factor of each output channel of the producer, from those of the consumers' columns."""
-    rows = producer_rows(feed, source)
-    if s_I.numel() == rows:
-        return s_I
-    return s_I.reshape(source.num_kv_heads, -1, source.head_dim)[:, 0].reshape(rows)
 
 
 def _divided(tensor: Tensor, feed: Feed, s_R: Tensor, source: Source) -> Tensor:

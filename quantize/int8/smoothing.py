@@ -1,76 +1,161 @@
-"""SmoothQuant's migration of outliers into weights (arXiv 2211.10438, section 4), with powers of two.
+"""Smoothing: activation outliers moved into the weights (SmoothQuant, arXiv 2211.10438), by the least expected error.
 
-Y = (X / s)(s W)ᵀ for any s > 0 per input channel. Powers of two make both sides exact in every float dtype, so
-the migration itself costs nothing and its lossless limit is bit for bit.
+Y = (X / s)(s W)ᵀ for any s > 0 per input channel. SmoothQuant's s (section 4, equation 4) is where the search starts;
+from there s goes downhill on the error that rounding is expected to make, which is a closed form.
 
-Legend: N tokens, I input channels, O output channels.
+Legend: N tokens, I input channels, O output channels, R channels that have an s of their own (R < I where query
+heads share a value channel; `owner_I` names each input channel's).
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_MAX_EXPONENT = 10  # keeps a norm's weight / s far from the bottom of bf16, and of fp16 for weights near 1
+from reattend.quantize.int8.formulas import CODE_MAX
+
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_MAX_EXPONENT = 10.0  # keeps a norm's weight / s far from the bottom of bf16, and of fp16 for weights near 1
+_QUIET = 1e-3  # a channel below this share of a token's largest counts as that: unseen tokens may be louder
+_STEPS, _RATE = 100, 0.1
+_LOUDEST, _REFRESH = 64, 25  # channels per token that descent looks at, and steps after which they are found anew
 
 
 def smoothing_factors(absmax_I: Tensor, weight_absmax_I: Tensor, alpha: float) -> Tensor:
-    """Return s_I = absmax^alpha / weight_absmax^(1 - alpha) (equation 4), rounded to a power of two; fp32.
+    """Return s_I = absmax^alpha / weight_absmax^(1 - alpha) (equation 4), fp32.
 
     Channels that are zero in the activations or in the weights keep s = 1.
     """
     raw = absmax_I.double().log2() * alpha - weight_absmax_I.double().log2() * (1 - alpha)
-    exponent = raw.round().clamp(-_MAX_EXPONENT, _MAX_EXPONENT)
+    exponent = raw.clamp(-_MAX_EXPONENT, _MAX_EXPONENT)
     return torch.exp2(torch.where(torch.isfinite(raw), exponent, torch.zeros_like(raw))).float()
 
 
-def share(values_I: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """Return `values_I` (heads x head_dim) with each channel replaced by the largest of its KV group.
+def token_weights(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+    """Return what makes a token's squared error of a linear relative (N,): 1 / its output's energy.
 
-    The output projection's input repeats each value channel over the query heads of a group, so they share s.
+    Relative, so that a token with huge activations counts as one token; a tenth of the median energy is added,
+    so that a silent token does not dominate.
     """
-    grouped = values_I.reshape(kv_heads, heads // kv_heads, -1)
-    return grouped.amax(1, keepdim=True).expand_as(grouped).reshape(-1)
+    energy_N = (x_NI @ w_OI.T).square().sum(1)
+    return 1 / (energy_N + 0.1 * energy_N.median() + torch.finfo(energy_N.dtype).tiny)
 
 
-def w8a8_error(x_NI: Tensor, weights_OI: Iterable[Tensor], factors_I: Tensor) -> float:
-    """Return the mean over tokens of the relative squared error that W8A8 makes after smoothing by s.
+def w8a8_error(x_NI: Tensor, weights_OI: Sequence[Tensor], s_I: Tensor) -> float:
+    """Return the relative squared error that W8A8 with nearest rounding makes after smoothing by s, simulated.
 
-    Per token, so that a token with huge activations counts as one token; a floor of a tenth of the median energy
-    keeps silent tokens from dominating.
+    The mean over tokens (see `token_weights`) and over the linears that take `x_NI`.
     """
     x_NI = x_NI.float()  # squares of what fp16 holds overflow it
-    error, energy = x_NI.new_zeros(len(x_NI)), x_NI.new_zeros(len(x_NI))
-    smoothed = _simulate(x_NI / factors_I)
-    for weight_OI in (weight.float() for weight in weights_OI):
-        exact = x_NI @ weight_OI.T
-        error += (smoothed @ _simulate(weight_OI * factors_I).T - exact).square().sum(1)
-        energy += exact.square().sum(1)
-    return float((error / (energy + 0.1 * energy.median() + torch.finfo(energy.dtype).tiny)).mean())
+    smoothed, total = _simulate(x_NI / s_I), 0.0
+    for w_OI in (weight.float() for weight in weights_OI):
+        error_N = (smoothed @ _simulate(w_OI * s_I).T - x_NI @ w_OI.T).square().sum(1)
+        total += float((error_N * token_weights(x_NI, w_OI)).mean())
+    return total / len(weights_OI)
 
 
 def _simulate(x: Tensor) -> Tensor:
     """Round every row to int8 codes and back."""
-    scale = x.abs().amax(1, keepdim=True) / 127
+    scale = x.abs().amax(1, keepdim=True) / CODE_MAX
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return (x / scale).round() * scale
 
 
-def best_factors(
-    x_NI: Tensor, weights_OI: list[Tensor], absmax_I: Tensor, weight_absmax_I: Tensor, alphas: Iterable[float]
-) -> tuple[float, Tensor]:
-    """Return (alpha, s_I) of the smallest `w8a8_error` on `x_NI`; alpha 0 stands for s = 1.
+@dataclass(frozen=True)
+class _Linear:
+    """A linear's part in the expected error."""
 
-    Raises `ValueError` for NaN and inf in what was measured.
+    weight_N: Tensor  # of each token
+    log_w_OI: Tensor
+    gain_I: Tensor  # squared norm of each column: what an error of the activation becomes
+    cost_I: Tensor  # weighted second moment of each channel: what an error of the weight becomes
+
+
+class ExpectedError:
+    """The error of W8A8 as a function of s, from rounding alone: an error of a step's size has variance step² / 12.
+
+    A token's step is max_i |x_i| / s_i / 127, a row's is max_i |w_i| s_i / 127. Activation errors reach the output
+    through the columns of W, weight errors through the activations; sums over channels replace the simulation.
     """
-    ones = torch.ones_like(absmax_I, dtype=torch.float32)
-    best = (w8a8_error(x_NI, weights_OI, ones), 0.0, ones)
-    if not (math.isfinite(best[0]) and bool(torch.isfinite(absmax_I).all())):
+
+    def __init__(self, x_NI: Tensor, weights_OI: Sequence[Tensor]) -> None:
+        x_NI = x_NI.float()
+        quiet = _QUIET * x_NI.abs().amax(1, keepdim=True)
+        self._log_x_NI = x_NI.abs().clamp_min(quiet).clamp_min(torch.finfo(torch.float32).tiny).log2()
+        self._linears = [_linear(x_NI, weight.float()) for weight in weights_OI]
+
+    def loudest(self, log_s_I: Tensor) -> Tensor:
+        """Return the channels (N, 64 or I) that set each token's range near `log_s_I`: few, so quick to compare."""
+        return (self._log_x_NI - log_s_I).topk(min(_LOUDEST, len(log_s_I)), dim=1).indices
+
+    def __call__(self, log_s_I: Tensor, loudest_NK: Tensor | None = None) -> Tensor:
+        """Return the expected relative squared error (scalar), differentiable in `log_s_I` = log2 s.
+
+        With `loudest_NK`, tokens' ranges are those of these channels.
+        """
+        if loudest_NK is None:
+            over_s = self._log_x_NI - log_s_I
+        else:
+            over_s = self._log_x_NI.gather(1, loudest_NK) - log_s_I[loudest_NK]
+        range_N = torch.exp2(2 * over_s.amax(1))
+        square_I, total = torch.exp2(2 * log_s_I), torch.zeros(())
+        for linear in self._linears:
+            activations = (range_N @ linear.weight_N) * (square_I @ linear.gain_I)
+            weights = torch.exp2(2 * (linear.log_w_OI + log_s_I).amax(1)).sum() * (linear.cost_I / square_I).sum()
+            total = total + activations + weights
+        return total / (12 * CODE_MAX**2 * len(self._linears))
+
+
+def _linear(x_NI: Tensor, w_OI: Tensor) -> _Linear:
+    weight_N = token_weights(x_NI, w_OI) / len(x_NI)
+    log_w_OI = w_OI.abs().clamp_min(torch.finfo(torch.float32).tiny).log2()
+    return _Linear(weight_N, log_w_OI, w_OI.square().sum(0), weight_N @ x_NI.square())
+
+
+def descend(error: ExpectedError, start_R: Tensor, owner_I: Tensor) -> Tensor:
+    """Return s (R,), downhill from `start_R` on the expected error: Adam on log2 s, its rate falling to 0."""
+    with torch.enable_grad():
+        log_s_R = start_R.log2().clone().requires_grad_()
+        adam = torch.optim.Adam([log_s_R], lr=_RATE)
+        for step in range(_STEPS):
+            adam.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
+            adam.zero_grad()
+            if step % _REFRESH == 0:
+                loudest_NK = error.loudest(log_s_R.detach()[owner_I])
+            torch.autograd.backward(error(log_s_R[owner_I], loudest_NK).log())
+            adam.step()
+    return torch.exp2(log_s_R.detach().clamp(-_MAX_EXPONENT, _MAX_EXPONENT))
+
+
+def best_factors(
+    fit_NI: Tensor, choose_NI: Tensor, weights_OI: Sequence[Tensor], absmax_I: Tensor, owner_I: Tensor
+) -> tuple[Tensor, float, float]:
+    """Return s (R,) and the `w8a8_error` on `choose_NI` with s = 1 and with s.
+
+    `fit_NI` are the inputs that s is fitted to, `absmax_I` their channels' ranges over more tokens. The candidates
+    (none, SmoothQuant's best alpha, and downhill from it) are compared on `choose_NI`, so smoothing never makes
+    things worse there. Raises `ValueError` for NaN and inf in what was measured.
+    """
+    finite = all(bool(torch.isfinite(x).all()) for x in (absmax_I, fit_NI, choose_NI))
+    if not finite:
         raise ValueError("activations hold NaN or inf")
-    for alpha in alphas:
-        factors = smoothing_factors(absmax_I, weight_absmax_I, alpha)
-        error = w8a8_error(x_NI, weights_OI, factors)
-        if error < best[0]:
-            best = (error, alpha, factors)
-    return best[1], best[2]
+    rows = int(owner_I.max()) + 1
+    weight_absmax_I = torch.stack([weight.abs().amax(0) for weight in weights_OI]).amax(0)
+    absmax_R, weight_absmax_R = (_largest(value, owner_I, rows) for value in (absmax_I, weight_absmax_I))
+    error = ExpectedError(fit_NI, weights_OI)
+    published = [smoothing_factors(absmax_R, weight_absmax_R, alpha) for alpha in ALPHAS]
+    start = min(published, key=lambda s_R: float(error(s_R[owner_I].log2())))
+    ones = torch.ones_like(start)
+    measured = [
+        (w8a8_error(choose_NI, weights_OI, s_R[owner_I]), s_R)
+        for s_R in (ones, start, descend(error, start, owner_I))
+    ]
+    least, best = min(measured, key=lambda found: found[0])
+    return best, measured[0][0], least
+
+
+def _largest(values_I: Tensor, owner_I: Tensor, rows: int) -> Tensor:
+    """The largest value among the input channels of each owner, (R,)."""
+    values = values_I.float()
+    return values.new_zeros(rows).scatter_reduce(0, owner_I, values, "amax")

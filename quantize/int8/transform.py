@@ -10,10 +10,11 @@ from torch import Tensor
 from reattend.checkpoint.header import TensorSpec
 from reattend.errors import Refusal
 from reattend.families.source import Source
+from reattend.quantize.int8.calibration import Learned, learn_layer
 from reattend.quantize.int8.formats import Format, document, specs
 from reattend.quantize.int8.formats import tensors as layout_tensors
 from reattend.quantize.int8.formulas import quantize_channels
-from reattend.quantize.int8.migration import layer_factors, layer_tensors, migrate
+from reattend.quantize.int8.migration import layer_tensors, migrate
 from reattend.transform import Group, Passes, Statistics
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -43,6 +44,9 @@ class Int8(BaseModel):
         "none",
         description="smooth: move activation outliers into the weights (needs calibration and selection texts)",
     )
+    rounding: Literal["nearest", "compensated"] = Field(
+        "nearest", description="compensated: weights make up for each other's rounding (needs a calibration text)"
+    )
     select: tuple[str, ...] = Field(("*",), description="linear layers to quantise")
     keep: tuple[str, ...] = Field((), description="linear layers to leave in 16 bit")
 
@@ -55,7 +59,6 @@ class Int8(BaseModel):
         """Refuse quantised sources, Conv1D layers, non-float weights, and selectors without a match."""
         if self.format == "bitsandbytes" and self.activations == "none":
             raise Refusal("int8: activations: bitsandbytes always quantises them; use format: compressed-tensors")
-        self._check_smoothing(source)
         if source.config.get("quantization_config"):
             raise Refusal("config.json: quantization_config: the source is quantised already")
         if "conv1d" in source.family.features:
@@ -74,6 +77,8 @@ class Int8(BaseModel):
                 raise Refusal(f"int8: tensor {spec.name!r} is {spec.dtype}, not a float")
         if not self._modules(source):
             raise Refusal("int8: select and keep together leave no layer to quantise")
+        self._check_smoothing(source)
+        self._check_calibrated(source)
         return self._remarks(source)
 
     def _check_smoothing(self, source: Source) -> None:
@@ -91,9 +96,13 @@ class Int8(BaseModel):
             for feed in family.feeds:
                 if f"{prefix}{feed.producer}.weight" not in source.tensors:
                     raise Refusal(f"int8: outliers: {prefix}{feed.producer} has no weight that could be scaled")
-            for spec in (source.tensors[name] for name in layer_tensors(source, prefix)):
-                if spec.dtype not in ("F32", "F16", "BF16"):
-                    raise Refusal(f"int8: outliers: tensor {spec.name!r} is {spec.dtype}, which can't be scaled")
+
+    def _check_calibrated(self, source: Source) -> None:
+        for layer in range(source.num_layers if self.texts else 0):
+            for name in self._layer_reads(source, layer):
+                dtype = source.tensors[name].dtype
+                if dtype not in ("F32", "F16", "BF16"):
+                    raise Refusal(f"int8: tensor {name!r} is {dtype}: calibrated from F32, F16 and BF16 only")
 
     def _remarks(self, source: Source) -> list[str]:
         remarks = [f"{source.family.head} is kept in 16 bit" + (" (tied)" if source.tied else "")]
@@ -115,17 +124,23 @@ class Int8(BaseModel):
         return "int-quantized" if self.activations == "int8" else "pack-quantized"
 
     def groups(self, source: Source) -> Iterator[Group]:
-        """Yield one group per linear layer, or, where smoothing ties them together, per decoder layer."""
+        """Yield one group per linear layer, or, where calibration ties them together, per decoder layer."""
         taken = {f"{module}.weight" for module in self._modules(source)}
-        smoothed: set[str] = set()
-        for layer in range(source.num_layers if self.outliers == "smooth" else 0):
-            prefix = source.layer_prefix(layer)
-            names = layer_tensors(source, prefix)
-            smoothed |= set(names)
-            yield Group(tuple(names), self._writes(source, names, taken), key=str(layer))
+        tied: set[str] = set()
+        for layer in range(source.num_layers if self.texts else 0):
+            if names := self._layer_reads(source, layer):
+                tied |= set(names)
+                yield Group(tuple(names), self._writes(source, names, taken), key=str(layer))
         for module in self._modules(source):
-            if (name := f"{module}.weight") not in smoothed:
+            if (name := f"{module}.weight") not in tied:
                 yield Group((name,), self._writes(source, [name], taken))
+
+    def _layer_reads(self, source: Source, layer: int) -> list[str]:
+        """The tensors of a layer that calibration has a say in."""
+        prefix = source.layer_prefix(layer)
+        smoothed = layer_tensors(source, prefix) if self.outliers == "smooth" else []
+        rounded = [f"{m}.weight" for m in self._modules(source) if m.startswith(prefix)]
+        return list(dict.fromkeys([*smoothed, *(rounded if self.rounding == "compensated" else [])]))
 
     def _writes(self, source: Source, names: list[str], taken: set[str]) -> tuple[TensorSpec, ...]:
         every = (source.tensors[name] for name in names)
@@ -133,16 +148,18 @@ class Int8(BaseModel):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Smoothing measures ranges on one text and chooses on another; codes alone need none."""
-        return ("calibration", "selection") if self.outliers == "smooth" else ()
+        """Smoothing is fitted to one text and chosen on another; compensation needs the first; codes alone none."""
+        if self.outliers == "smooth":
+            return ("calibration", "selection")
+        return ("calibration",) if self.rounding == "compensated" else ()
 
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
-        """Find every layer's smoothing factors."""
-        modules = set(self._modules(source))
+        """Find every layer's smoothing factors and compensated codes."""
+        modules = frozenset(self._modules(source))
+        wanted = Learned(modules, self.outliers == "smooth", self.rounding == "compensated")
         for layer in passes():
-            prefix = source.layer_prefix(layer.index)
-            quantised = {module.removeprefix(prefix) for module in modules}
-            statistics[str(layer.index)] = layer_factors(layer, source, quantised)
+            if str(layer.index) not in statistics:
+                statistics[str(layer.index)] = learn_layer(layer, source, wanted)
 
     def apply(
         self,
@@ -153,18 +170,24 @@ class Int8(BaseModel):
     ) -> dict[str, Tensor]:
         """Smooth the group if it is a layer; quantise the weights that are to be."""
         kept = {spec.name for spec in group.writes if spec == source.tensors.get(spec.name)}
-        factors = statistics[group.key] if group.key else {}
+        learned = statistics[group.key] if group.key else {}
         prefix = source.layer_prefix(group.key) if group.key else ""
         written: dict[str, Tensor] = {}
         for name in group.reads:  # one at a time: the fp32 copy of a single tensor is alive
-            tensor = tensors[name]
-            moved = migrate(name.removeprefix(prefix), tensor, factors, source) if factors else tensor
+            tensor, short = tensors[name], name.removeprefix(prefix)
             if name in kept:
-                written[name] = moved.to(tensor.dtype)
+                written[name] = migrate(short, tensor, learned, source).to(tensor.dtype)
             else:
-                codes, scale = quantize_channels(moved, tensor.dtype)
+                codes, scale = self._codes(short, tensor, learned, source)
                 written |= layout_tensors(self._layout, source.tensors[name], codes, scale)
         return written
+
+    def _codes(self, name: str, tensor: Tensor, learned: dict[str, Tensor], source: Source) -> tuple[Tensor, Tensor]:
+        module = name.removesuffix(".weight")
+        if f"{module}.codes" in learned:
+            return learned[f"{module}.codes"], learned[f"{module}.scale"]
+        moved = migrate(name, tensor, learned, source) if learned else tensor
+        return quantize_channels(moved, tensor.dtype)
 
     def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:
         """Add the format's `quantization_config`."""
@@ -179,12 +202,16 @@ class Int8(BaseModel):
         return sorted({*kept, *head})
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
-        """Return the alphas that smoothing chose, by layer and producer (0: left alone)."""
-        alphas = {
-            layer: {name.removesuffix(".alpha"): round(float(a), 2) for name, a in found.items() if ".alpha" in name}
-            for layer, found in sorted(statistics.items(), key=lambda item: int(item[0]))
+        """Return the W8A8 error of smoothed inputs, before and after, by layer and producer."""
+        errors = {
+            layer: {
+                name.removesuffix(".error"): [float(f"{float(value):.3g}") for value in values]
+                for name, values in learned.items()
+                if name.endswith(".error")
+            }
+            for layer, learned in sorted(statistics.items(), key=lambda item: int(item[0]))
         }
-        return {"alpha": alphas} if alphas else {}
+        return {"w8a8_error_before_and_after": errors} if any(errors.values()) else {}
 
     def engines(self, source: Source) -> dict[str, str]:
         """vLLM and SGLang fuse q/k/v and gate/up, so those must be quantised together."""

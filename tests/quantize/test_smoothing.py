@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 import transformers
@@ -7,8 +9,8 @@ from reattend import demo
 from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Refusal
 from reattend.families.source import source_of
-from reattend.quantize.int8.migration import layer_tensors, migrate, producer_rows
-from reattend.quantize.int8.smoothing import best_factors, share, smoothing_factors, w8a8_error
+from reattend.quantize.int8.migration import layer_tensors, migrate, owners, producer_rows
+from reattend.quantize.int8.smoothing import ExpectedError, best_factors, descend, smoothing_factors, w8a8_error
 from reattend.quantize.int8.transform import Int8
 from reattend.recipes.schema import Recipe
 
@@ -16,32 +18,79 @@ TEXT = demo.EVAL_TEXT.with_name("select.txt")
 
 
 def test_factors_by_hand():
-    # 64^0.5 / 4^0.5 = 4; 2^0.75 / 2^0.25 = 2^0.5, which rounds (half to even, in the exponent 0.5) to 1
+    # 64^0.5 / 4^0.5 = 4; 2^0.75 / 2^0.25 = 2^0.5; a channel of zeros keeps 1; exponents end at 10
     assert smoothing_factors(torch.tensor([64.0, 0.0, 3.0]), torch.tensor([4.0, 1.0, 0.0]), 0.5).tolist() == [4, 1, 1]
-    assert smoothing_factors(torch.tensor([2.0]), torch.tensor([2.0]), 0.75).tolist() == [1]
+    assert smoothing_factors(torch.tensor([2.0]), torch.tensor([2.0]), 0.75).item() == pytest.approx(2**0.5)
+    assert smoothing_factors(torch.tensor([1e9]), torch.tensor([1.0]), 1.0).item() == 1024
 
 
-def test_shared_channels_take_the_largest_of_their_group():
-    # 4 query heads on 2 KV heads, head_dim 2
-    values = torch.tensor([1.0, 2, 3, 1, 5, 6, 4, 8])
-    assert share(values, 4, 2).tolist() == [3, 2, 3, 2, 5, 8, 5, 8]
+def test_columns_name_the_channel_that_produces_them(models):
+    """4 query heads on 2 KV heads of head_dim 16: two query heads in turn read the same 16 value channels."""
+    source = source_of(open_checkpoint(models("llama")))
+    values = next(feed for feed in source.family.feeds if feed.producer == "self_attn.v_proj")
+    kv, dim = source.num_kv_heads, source.head_dim
+    repeat = int(source.get("heads")) // kv
+    by_hand = [group * dim + d for group in range(kv) for _ in range(repeat) for d in range(dim)]
+    assert repeat > 1
+    assert owners(values, source).tolist() == by_hand
+    norm = source.family.feeds[0]
+    assert owners(norm, source).tolist() == list(range(source.size("hidden")))
+
+
+def activations(rows=256, columns=32):
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 100
+    return x, torch.randn(16, columns, generator=torch.Generator().manual_seed(1))
+
+
+def test_expected_error_is_the_simulated_one():
+    """The closed form against rounding itself: within a tenth, for any s, of 256 channels (the largest has no error)."""
+    x, w = activations(1024, 256)
+    for seed in range(4):
+        log_s = torch.randn(256, generator=torch.Generator().manual_seed(seed))
+        log_s[5] += 2 * seed
+        expected = float(ExpectedError(x, [w, 3 * w])(log_s))
+        assert w8a8_error(x, [w, 3 * w], torch.exp2(log_s)) == pytest.approx(expected, rel=0.1)
+
+
+def test_descent_beats_the_published_factors_and_respects_shared_channels():
+    x, w = activations(2048)
+    x[::50, :16] *= 20  # rare and high: ranges alone say too much about half of the channels
+    owner = torch.arange(16).repeat_interleave(2)  # columns 2 r and 2 r + 1 share a factor
+    error = ExpectedError(x, [w])
+    largest = [v.abs().amax(0).reshape(16, 2).amax(1) for v in (x, w)]
+    published = [smoothing_factors(*largest, alpha / 20) for alpha in range(21)]
+    s = descend(error, published[10], owner)
+    assert s.shape == (16,)
+    assert error(s[owner].log2()) < 0.9 * min(error(p[owner].log2()) for p in published)
 
 
 def test_error_is_zero_for_what_int8_holds_and_smoothing_helps_an_outlier():
     exact = torch.tensor([[127.0, -3.0], [127.0, 64.0]])
     assert w8a8_error(exact, [torch.tensor([[1.0, 127.0]])], torch.ones(2)) == 0
-    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    x[:, 5] *= 100
-    w = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    x, w = activations(64)
+    owner = torch.arange(32)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         narrow = x.to(dtype) * (100 if dtype == torch.float16 else 1)  # squares beyond what fp16 holds
-        alpha, factors = best_factors(narrow, [w.to(dtype)], narrow.abs().amax(0), w.abs().amax(0), [0.3, 0.5, 0.7])
-        assert alpha > 0, dtype
+        weight = w.to(dtype)
+        factors, before, after = best_factors(narrow, narrow, [weight], narrow.abs().amax(0), owner)
         assert factors.argmax() == 5
-        assert w8a8_error(narrow, [w], factors) < 0.1 * w8a8_error(narrow, [w], torch.ones(32))
+        assert before == pytest.approx(w8a8_error(narrow, [weight], torch.ones(32)))
+        assert after == pytest.approx(w8a8_error(narrow, [weight], factors))
+        assert after < 0.1 * before, dtype
     x[3, 2] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        best_factors(x, [w], w.abs().amax(0), w.abs().amax(0), [0.3])
+        best_factors(x, x, [w], w.abs().amax(0), owner)
+
+
+def test_dead_and_unread_channels_are_left_finite():
+    x, w = activations()
+    x[:, 3] = 0
+    w[:, 7] = 0
+    factors, before, after = best_factors(x, x, [w], x.abs().amax(0), torch.arange(32))
+    assert torch.isfinite(factors).all()
+    assert (factors > 0).all()
+    assert after < before
 
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt"]
@@ -66,11 +115,7 @@ def test_migration_alone_changes_no_bit_of_the_logits(models, family):
         factors = {}
         for feed in source.family.feeds:
             rows = torch.randint(-4, 5, (producer_rows(feed, source),), generator=generator)
-            columns = source.size(source.family.linears[feed.consumers[0]][1])
-            if columns != len(rows):
-                kv, rep = source.num_kv_heads, int(source.get("heads")) // source.num_kv_heads
-                rows = rows.reshape(kv, 1, -1).expand(kv, rep, -1).reshape(-1)
-            factors[feed.producer] = torch.exp2(rows.float())
+            factors[f"{feed.producer}.factors"] = torch.exp2(rows.float())
         names = layer_tensors(source, prefix)
         moved = {name: migrate(name.removeprefix(prefix), state[name], factors, source) for name in names}
         assert any(not torch.equal(moved[name], state[name]) for name in names)
@@ -113,7 +158,11 @@ def test_planted_outliers_are_smoothed_away(tmp_path):
     reattend.apply("int8", folder, tmp_path / "plain")
     reattend.apply(smooth(), folder, tmp_path / "smooth")
     plain, smoothed = (reattend.verify(tmp_path / n, against=folder)["logits_error"] for n in ("plain", "smooth"))
-    assert smoothed < 0.5 * plain
+    assert smoothed < 0.25 * plain
+    findings = json.loads((tmp_path / "smooth" / "reattend.json").read_text())["findings"][0]
+    for layer in findings["w8a8_error_before_and_after"].values():
+        before, after = layer["post_attention_layernorm"]
+        assert after < 0.1 * before
 
 
 def test_refusals(models):
