@@ -218,6 +218,10 @@ class Mla(BaseModel):
         query, down, key, value, output = (torch.empty(size, device="meta") for size in sizes)
         return LatentAttention(query, down, key, value, output, geometry.rotary, geometry.scale)
 
+    def side_files(self, source: Source, statistics: Statistics) -> Iterator[tuple[str, bytes]]:
+        """Yield nothing: all is in the weights."""
+        yield from ()
+
     def findings(self, statistics: Statistics) -> dict[str, Any]:
         """Return each layer's relative error on the selection text, before and after the refit; the pairs kept."""
         layers = sorted((name for name in statistics if name.isdigit()), key=int)

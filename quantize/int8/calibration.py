@@ -1,4 +1,7 @@
-"""What the int8 step learns from one layer: factors that smooth its inputs, codes that compensate for rounding."""
+"""What the int8 step learns from one layer.
+
+Factors that smooth its inputs, codes that compensate for rounding, and columns that stay in floating point.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +17,10 @@ from reattend.families.source import Source
 from reattend.quantize.int8.compensation import compensated_codes
 from reattend.quantize.int8.formulas import quantize_channels
 from reattend.quantize.int8.migration import migrate, owners
-from reattend.quantize.int8.smoothing import best_factors
+from reattend.quantize.int8.outliers import removal_order
+from reattend.quantize.int8.smoothing import ExpectedError, best_factors
 
+MOST_COLUMNS = 128  # of an input that may stay in floating point
 _FIT_ROWS, _CHOICE_ROWS = 4096, 2048  # tokens that the search looks at: enough to rank, bounded in memory
 
 
@@ -24,15 +29,18 @@ class Learned:
     """What to learn, for the linears `quantised` (full names)."""
 
     quantised: frozenset[str]
-    smooth: bool
-    compensate: bool
+    smooth: bool = False
+    compensate: bool = False
+    static: bool = False
 
 
 def learn_layer(layer: LayerPass, source: Source, wanted: Learned) -> dict[str, Tensor]:
     """Run a layer and return what `Learned` asks for, on the CPU, by names within the layer.
 
     `PRODUCER.factors` (R,), `PRODUCER.error` (2,) = the W8A8 error before and after smoothing, on the selection
-    text; `LINEAR.codes` (O, I) and `LINEAR.scale` (O, 1).
+    text; `LINEAR.codes` (O, I) and `LINEAR.scale` (O, 1); for the first linear of each input `LINEAR.columns` (K,) in
+    the order of their removal and `LINEAR.curve` (K + 1,), the error with the first k removed; for each linear
+    `LINEAR.slice` (O, K) in the weight's dtype and `LINEAR.input`, a number that those with one input share.
     """
     prefix = source.layer_prefix(layer.index)
     inputs = _inputs(source, {name.removeprefix(prefix) for name in wanted.quantised if name.startswith(prefix)})
@@ -45,6 +53,9 @@ def learn_layer(layer: LayerPass, source: Source, wanted: Learned) -> dict[str, 
     for shared, watch in zip(inputs, watches, strict=True):
         if wanted.compensate:
             found |= _compensated(layer, source, shared, watch, found)
+    for number, (shared, watch) in enumerate(zip(inputs, watches, strict=True)):
+        if wanted.static:
+            found |= _static(layer, shared, watch, number)
     return {name: value.cpu() for name, value in found.items()}
 
 
@@ -94,9 +105,12 @@ class _Watch:
         here = (relative.T @ relative).double()
         self.second = here if self.second is None else self.second.add_(here)
 
-    def rows(self, text: str) -> Tensor:
-        """The rows sampled from a text."""
-        return torch.cat(self._rows[text])
+    def finite_rows(self, text: str, linear: str) -> Tensor:
+        """The rows sampled from a text. Raises `Failure` for NaN and inf, naming the `linear` that takes them."""
+        rows = torch.cat(self._rows[text])
+        if not bool(torch.isfinite(rows).all()):
+            raise Failure(f"layer {self._layer.index}, input of {linear}: activations hold NaN or inf")
+        return rows
 
 
 def _smoothed(layer: LayerPass, source: Source, shared: _Input, watch: _Watch) -> dict[str, Tensor]:
@@ -105,12 +119,8 @@ def _smoothed(layer: LayerPass, source: Source, shared: _Input, watch: _Watch) -
     assert watch.absmax is not None
     weights = [layer.module.get_parameter(f"{name}.weight").detach() for name in shared.linears]
     owner_I = owners(shared.feed, source).to(watch.absmax.device)
-    try:
-        s_R, before, after = best_factors(
-            watch.rows("calibration"), watch.rows("selection"), weights, watch.absmax, owner_I
-        )
-    except ValueError as error:
-        raise Failure(f"layer {layer.index}, input of {shared.linears[0]}: {error}") from error
+    fit, choose = (watch.finite_rows(text, shared.linears[0]) for text in ("calibration", "selection"))
+    s_R, before, after = best_factors(fit, choose, weights, watch.absmax, owner_I)
     producer = layer.module.get_parameter(f"{shared.feed.producer}.weight").detach()
     spec = source.tensors[f"{source.layer_prefix(layer.index)}{shared.feed.producer}.weight"]
     factors = s_R if producer.dim() > 1 else _held(producer.float(), s_R, TORCH_DTYPES[spec.dtype])
@@ -146,3 +156,13 @@ def _compensated(
         codes[f"{name}.codes"] = compensated_codes(moved, scale.to(moved.device), second)
         codes[f"{name}.scale"] = scale
     return codes
+
+
+def _static(layer: LayerPass, shared: _Input, watch: _Watch, number: int) -> dict[str, Tensor]:
+    """The columns of the input `number` that could stay in floating point, and the weights' slices."""
+    weights = {name: layer.module.get_parameter(f"{name}.weight").detach() for name in shared.linears}
+    rows = watch.finite_rows("calibration", shared.linears[0])
+    columns, curve = removal_order(ExpectedError(rows, list(weights.values())), MOST_COLUMNS)
+    found = {f"{name}.slice": weight[:, columns.to(weight.device)] for name, weight in weights.items()}
+    found |= {f"{name}.input": torch.tensor(number) for name in weights}
+    return {f"{shared.linears[0]}.columns": columns, f"{shared.linears[0]}.curve": curve} | found

@@ -41,14 +41,18 @@ def tensors(format: Format, weight: TensorSpec, codes: Tensor, scale: Tensor) ->
     return {spec.name: value for spec, value in zip(written, values, strict=True)}
 
 
-def document(format: Format, ignored: list[str]) -> dict[str, Any]:
-    """Return the `quantization_config` of a format; `ignored` are the linear layers left in 16 bit."""
+def document(format: Format, ignored: list[str], threshold: float) -> dict[str, Any]:
+    """Return the `quantization_config` of a format.
+
+    `ignored` are the linear layers left in 16 bit; `threshold` is that of dynamic outliers, 0 for none, which
+    bitsandbytes alone can say.
+    """
     if format == "bitsandbytes":
         return {
             "quant_method": "bitsandbytes",
             "load_in_8bit": True,
             "load_in_4bit": False,
-            "llm_int8_threshold": 6.0,
+            "llm_int8_threshold": threshold,
             "llm_int8_skip_modules": ignored,
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,

@@ -106,6 +106,31 @@ class ExpectedError:
             total = total + activations + weights
         return total / (12 * CODE_MAX**2 * len(self._linears))
 
+    @property
+    def channels(self) -> int:
+        """Input channels, I."""
+        return self._log_x_NI.shape[1]
+
+    def shares(self, columns: Sequence[int]) -> Tensor:
+        """Return each channel's share (I,) of the activations' error, with s = 1 and `columns` out of the way."""
+        loudest = self._left(columns).max(1)
+        weight_N = torch.stack([linear.weight_N * linear.gain_I.sum() for linear in self._linears]).sum(0)
+        mass_N = weight_N * torch.exp2(2 * loudest.values)
+        return mass_N.new_zeros(self.channels).index_add(0, loudest.indices, mass_N)
+
+    def without(self, columns: Sequence[int]) -> Tensor:
+        """Return the error (scalar) with s = 1 and `columns` multiplied in floating point instead."""
+        range_N, total = torch.exp2(2 * self._left(columns).amax(1)), torch.zeros(())
+        for linear in self._linears:
+            gain, cost = (v.sum() - v[list(columns)].sum() for v in (linear.gain_I, linear.cost_I))
+            weights = torch.exp2(2 * linear.log_w_OI.amax(1)).sum() * cost
+            total = total + (range_N @ linear.weight_N) * gain + weights
+        return total / (12 * CODE_MAX**2 * len(self._linears))
+
+    def _left(self, columns: Sequence[int]) -> Tensor:
+        index = torch.tensor(list(columns), dtype=torch.int64, device=self._log_x_NI.device)
+        return self._log_x_NI.index_fill(1, index, -torch.inf)
+
 
 def _linear(x_NI: Tensor, w_OI: Tensor) -> _Linear:
     weight_N = token_weights(x_NI, w_OI) / len(x_NI)
@@ -135,11 +160,8 @@ def best_factors(
 
     `fit_NI` are the inputs that s is fitted to, `absmax_I` their channels' ranges over more tokens. The candidates
     (none, SmoothQuant's best alpha, and downhill from it) are compared on `choose_NI`, so smoothing never makes
-    things worse there. Raises `ValueError` for NaN and inf in what was measured.
+    things worse there. All must be finite.
     """
-    finite = all(bool(torch.isfinite(x).all()) for x in (absmax_I, fit_NI, choose_NI))
-    if not finite:
-        raise ValueError("activations hold NaN or inf")
     rows = int(owner_I.max()) + 1
     weight_absmax_I = torch.stack([weight.abs().amax(0) for weight in weights_OI]).amax(0)
     absmax_R, weight_absmax_R = (_largest(value, owner_I, rows) for value in (absmax_I, weight_absmax_I))

@@ -11,13 +11,21 @@ from reattend.checkpoint.header import TensorSpec
 from reattend.errors import Refusal
 from reattend.families.source import Source
 from reattend.quantize.int8.calibration import Learned, learn_layer
+from reattend.quantize.int8.checks import (
+    CALIBRATED,
+    FLOATS,
+    check_dtypes,
+    check_selectors,
+    check_smoothing,
+    check_source,
+)
 from reattend.quantize.int8.formats import Format, document, specs
 from reattend.quantize.int8.formats import tensors as layout_tensors
 from reattend.quantize.int8.formulas import quantize_channels
 from reattend.quantize.int8.migration import layer_tensors, migrate
+from reattend.quantize.int8.side_files import OUTLIER_FOLDER, choose_columns, layer_file
 from reattend.transform import Group, Passes, Statistics
 
-_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 # A 2-D weight with one of these last names is looked up, never multiplied: no linear layer.
 _LOOKUPS = (
     "embed_tokens",
@@ -40,9 +48,16 @@ class Int8(BaseModel):
     activations: Literal["int8", "none"] = Field(
         "int8", description="int8: quantised per token at run time; none: left in 16 bit (W8A16)"
     )
-    outliers: Literal["none", "smooth"] = Field(
-        "none",
-        description="smooth: move activation outliers into the weights (needs calibration and selection texts)",
+    outliers: Literal["default", "none", "dynamic", "static", "smooth"] = Field(
+        "default",
+        description="dynamic: columns that reach `threshold` in a batch are multiplied in 16 bit (LLM.int8); "
+        "static: columns that calibration chose are (needs a calibration text); "
+        "smooth: outliers are moved into the weights (needs calibration and selection texts); "
+        "default: dynamic in the format bitsandbytes, whose run time does that, else none",
+    )
+    threshold: float = Field(6.0, gt=0, description="magnitude from which a value is a dynamic outlier")
+    outlier_share: float = Field(
+        0.05, gt=0, le=1, description="numbers that static columns may add, as a share of the quantised weights"
     )
     rounding: Literal["nearest", "compensated"] = Field(
         "nearest", description="compensated: weights make up for each other's rounding (needs a calibration text)"
@@ -56,58 +71,51 @@ class Int8(BaseModel):
         return 0.2 if self.activations == "int8" else 0.05
 
     def check(self, source: Source) -> list[str]:
-        """Refuse quantised sources, Conv1D layers, non-float weights, and selectors without a match."""
-        if self.format == "bitsandbytes" and self.activations == "none":
-            raise Refusal("int8: activations: bitsandbytes always quantises them; use format: compressed-tensors")
-        if source.config.get("quantization_config"):
-            raise Refusal("config.json: quantization_config: the source is quantised already")
-        if "conv1d" in source.family.features:
-            raise Refusal(f"int8: {source.family.model_type} stores Conv1D layers, which neither format covers")
-        if "experts" in source.family.features:
-            raise Refusal(
-                f"int8: {source.family.model_type} stacks its experts, and stock transformers can't load the mix"
-            )
-        modules = dict(source.linears())
-        for pattern in (*self.select, *self.keep):
-            if not fnmatch.filter(modules, pattern):
-                raise Refusal(f"int8: selector {pattern!r} matches no linear layer, as {next(iter(modules))}")
-        for module in self._modules(source):
-            spec = source.tensors[f"{module}.weight"]
-            if spec.dtype not in _FLOATS:
-                raise Refusal(f"int8: tensor {spec.name!r} is {spec.dtype}, not a float")
-        if not self._modules(source):
+        """Refuse quantised sources, Conv1D layers, non-float weights, and settings that fit nothing there."""
+        check_source(source)
+        self._check_settings()
+        check_selectors((*self.select, *self.keep), source)
+        modules = self._modules(source)
+        if not modules:
             raise Refusal("int8: select and keep together leave no layer to quantise")
-        self._check_smoothing(source)
-        self._check_calibrated(source)
+        check_dtypes((f"{module}.weight" for module in modules), source, FLOATS, "not a float")
+        if self.mode == "smooth":
+            check_smoothing(source)
+        for layer in range(source.num_layers if self.texts else 0):
+            check_dtypes(
+                self._layer_reads(source, layer), source, CALIBRATED, "calibrated from F32, F16 and BF16 only"
+            )
         return self._remarks(source)
 
-    def _check_smoothing(self, source: Source) -> None:
-        if self.outliers == "none":
-            return
-        if self.activations == "none":
-            raise Refusal("int8: outliers: there is nothing to smooth when activations are left in 16 bit")
-        family = source.family
-        if not family.feeds:
-            raise Refusal(f"int8: outliers: {family.model_type} has no place that smoothing could use")
-        post_norm = not source.get("do_layer_norm_before") or source.get("activation_function") != "relu"
-        if family.model_type == "opt" and post_norm:
-            raise Refusal("int8: outliers: OPT can be smoothed with do_layer_norm_before and a ReLU only")
-        for prefix in (source.layer_prefix(layer) for layer in range(source.num_layers)):
-            for feed in family.feeds:
-                if f"{prefix}{feed.producer}.weight" not in source.tensors:
-                    raise Refusal(f"int8: outliers: {prefix}{feed.producer} has no weight that could be scaled")
+    def _check_settings(self) -> None:
+        if self.activations == "none" and self.format == "bitsandbytes":
+            raise Refusal("int8: activations: bitsandbytes always quantises them; use format: compressed-tensors")
+        if self.activations == "none" and self.outliers not in ("default", "none"):
+            raise Refusal(f"int8: outliers: {self.outliers} does nothing when activations are left in 16 bit")
 
-    def _check_calibrated(self, source: Source) -> None:
-        for layer in range(source.num_layers if self.texts else 0):
-            for name in self._layer_reads(source, layer):
-                dtype = source.tensors[name].dtype
-                if dtype not in ("F32", "F16", "BF16"):
-                    raise Refusal(f"int8: tensor {name!r} is {dtype}: calibrated from F32, F16 and BF16 only")
+    @property
+    def mode(self) -> str:
+        """How outliers are treated, the format's default resolved."""
+        if self.outliers != "default":
+            return self.outliers
+        return "dynamic" if self.format == "bitsandbytes" else "none"
 
     def _remarks(self, source: Source) -> list[str]:
         remarks = [f"{source.family.head} is kept in 16 bit" + (" (tied)" if source.tied else "")]
         kept = len(dict(source.linears())) - len(self._modules(source))
-        return remarks + ([f"{kept} linear layers are kept by select, keep or family"] if kept else [])
+        if kept:
+            remarks.append(f"{kept} linear layers are kept by select, keep or family")
+        if self.mode == "static":
+            most = self._column_budget(source)
+            remarks.append(f"up to {most} numbers of outlier columns go to {OUTLIER_FOLDER}/, in the weights' dtypes")
+        if self.mode == "static" or (self.mode == "dynamic" and self.format == "compressed-tensors"):
+            remarks.append(f"outliers: {self.mode}: reattend.load computes it, other engines plain W8A8")
+        return remarks
+
+    def _column_budget(self, source: Source) -> int:
+        """Numbers that static columns may add."""
+        numbers = sum(source.tensors[f"{module}.weight"].numel for module in self._modules(source))
+        return int(self.outlier_share * numbers)
 
     def _modules(self, source: Source) -> list[str]:
         return [
@@ -138,7 +146,7 @@ class Int8(BaseModel):
     def _layer_reads(self, source: Source, layer: int) -> list[str]:
         """The tensors of a layer that calibration has a say in."""
         prefix = source.layer_prefix(layer)
-        smoothed = layer_tensors(source, prefix) if self.outliers == "smooth" else []
+        smoothed = layer_tensors(source, prefix) if self.mode == "smooth" else []
         rounded = [f"{m}.weight" for m in self._modules(source) if m.startswith(prefix)]
         return list(dict.fromkeys([*smoothed, *(rounded if self.rounding == "compensated" else [])]))
 
@@ -148,18 +156,28 @@ class Int8(BaseModel):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Smoothing is fitted to one text and chosen on another; compensation needs the first; codes alone none."""
-        if self.outliers == "smooth":
+        """Smoothing is fitted to one text and chosen on another; columns and compensation need the first."""
+        if self.mode == "smooth":
             return ("calibration", "selection")
-        return ("calibration",) if self.rounding == "compensated" else ()
+        return ("calibration",) if self.mode == "static" or self.rounding == "compensated" else ()
 
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
-        """Find every layer's smoothing factors and compensated codes."""
-        modules = frozenset(self._modules(source))
-        wanted = Learned(modules, self.outliers == "smooth", self.rounding == "compensated")
+        """Find every layer's smoothing factors, compensated codes and outlier columns."""
+        wanted = Learned(
+            frozenset(self._modules(source)), smooth=self.mode == "smooth", static=self.mode == "static",
+            compensate=self.rounding == "compensated",
+        )  # fmt: skip
         for layer in passes():
             if str(layer.index) not in statistics:
                 statistics[str(layer.index)] = learn_layer(layer, source, wanted)
+        if wanted.static:
+            layers = [str(i) for i in range(source.num_layers)]
+            statistics["columns"] = choose_columns(layers, statistics, self._column_budget(source))
+
+    def side_files(self, source: Source, statistics: Statistics) -> Iterator[tuple[str, bytes]]:
+        """Yield the float slices of static outlier columns, a file per layer."""
+        for layer in range(source.num_layers if self.mode == "static" else 0):
+            yield layer_file(source.layer_prefix(layer), layer, statistics)
 
     def apply(
         self,
@@ -190,8 +208,14 @@ class Int8(BaseModel):
         return quantize_channels(moved, tensor.dtype)
 
     def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:
-        """Add the format's `quantization_config`."""
-        return {**source.config, "quantization_config": document(self._layout, self._ignored(source))}
+        """Add the format's `quantization_config`, and what `reattend.load` does about outliers beyond it."""
+        threshold = 0.0 if self.mode in ("none", "static") else self.threshold
+        config = {**source.config, "quantization_config": document(self._layout, self._ignored(source), threshold)}
+        if self.mode == "static":
+            config["int8_outliers"] = {"mode": "static", "folder": OUTLIER_FOLDER}
+        elif self.mode == "dynamic" and self.format == "compressed-tensors":
+            config["int8_outliers"] = {"mode": "dynamic", "threshold": self.threshold}
+        return config
 
     def _ignored(self, source: Source) -> list[str]:
         """Every linear layer that stays in 16 bit: loaders quantise what they are not told to leave."""
@@ -202,16 +226,13 @@ class Int8(BaseModel):
         return sorted({*kept, *head})
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
-        """Return the W8A8 error of smoothed inputs, before and after, by layer and producer."""
-        errors = {
-            layer: {
-                name.removesuffix(".error"): [float(f"{float(value):.3g}") for value in values]
-                for name, values in learned.items()
-                if name.endswith(".error")
-            }
-            for layer, learned in sorted(statistics.items(), key=lambda item: int(item[0]))
-        }
-        return {"w8a8_error_before_and_after": errors} if any(errors.values()) else {}
+        """Return the W8A8 error of smoothed inputs, before and after, and the number of static columns, by layer."""
+        layers = sorted((name for name in statistics if name.isdigit()), key=int)
+        errors = {layer: _errors(statistics[layer]) for layer in layers}
+        found: dict[str, Any] = {"w8a8_error_before_and_after": errors} if any(errors.values()) else {}
+        if "columns" in statistics:
+            found["static_columns"] = {name: int(count) for name, count in statistics["columns"].items()}
+        return found
 
     def engines(self, source: Source) -> dict[str, str]:
         """vLLM and SGLang fuse q/k/v and gate/up, so those must be quantised together."""
@@ -226,3 +247,11 @@ class Int8(BaseModel):
             "vllm": engine,
             "sglang": engine,
         }
+
+
+def _errors(learned: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    return {
+        name.removesuffix(".error"): [float(f"{float(value):.3g}") for value in values]
+        for name, values in learned.items()
+        if name.endswith(".error")
+    }

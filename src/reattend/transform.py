@@ -58,6 +58,9 @@ class Transform(Protocol):
     def edit_config(self, source: Source, statistics: "Statistics") -> dict[str, Any]:
         """Return the config of the result, a new dict; while planning, `statistics` is empty."""
 
+    def side_files(self, source: Source, statistics: "Statistics") -> Iterator[tuple[str, bytes]]:
+        """Yield (path within the output, content) of files beside the weights, one at a time; usually none."""
+
     def findings(self, statistics: "Statistics") -> dict[str, Any]:
         """Return what calibration measured and chose, as plain data for the output's `reattend.json`."""
 

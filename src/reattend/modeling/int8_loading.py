@@ -33,8 +33,8 @@ def load_int8(
 
     `dtype` is what everything but codes and scales is held and computed in ("auto": the config's); `fuse` joins
     q/k/v and gate/up; `int8_head` also quantises the head (W8A16, a copy where it is tied); `outliers` maps
-    module names to static outlier columns. Raises `Refusal` for a checkpoint that is not int8 in a format known
-    here, and `Failure` where tensors and model do not match.
+    module names to static outlier columns (default: those that the checkpoint brings along). Raises `Refusal` for
+    a checkpoint that is not int8 in a format known here, and `Failure` where tensors and model do not match.
     """
     checkpoint = open_checkpoint(path)
     if not isinstance(checkpoint.files, LocalFolder):
@@ -43,8 +43,9 @@ def load_int8(
     model = _empty_model(checkpoint.config, Path(path), dtype)
     reader = ShardReader(checkpoint.files.path)
     try:
-        layers = dict(_layers(checkpoint, reader, options, outliers or {}))
-        unknown = [name for name in outliers or {} if name not in layers]
+        outliers = stored_outliers(checkpoint) if outliers is None else outliers
+        layers = dict(_layers(checkpoint, reader, options, outliers))
+        unknown = [name for name in outliers if name not in layers]
         if unknown:
             raise Refusal(f"outliers: {unknown[0]!r} is no int8 layer of {path}")
         replace_linears(model, layers)
@@ -73,17 +74,38 @@ def scheme(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return `Int8Linear`'s options from a config's `quantization_config`; refuse what is not int8 per channel."""
     declared = config.get("quantization_config") or {}
     method = declared.get("quant_method")
+    own = config.get("int8_outliers") or {}
     if method == "bitsandbytes":
         if not declared.get("load_in_8bit"):
             raise Refusal("config.json: quantization_config: bitsandbytes, but not load_in_8bit")
-        threshold = float(declared.get("llm_int8_threshold", 6.0))
+        threshold = 0.0 if own else float(declared.get("llm_int8_threshold", 6.0))
         return {"activations": "int8", "threshold": threshold or None}
     if method != "compressed-tensors":
         raise Refusal(f"config.json: quant_method {method!r} is not compressed-tensors or bitsandbytes")
     groups = list((declared.get("config_groups") or {}).values())
     if len(groups) != 1:
         raise Refusal(f"config.json: {len(groups)} config_groups; one int8 group is what runs here")
-    return {"activations": _activations(groups[0])}
+    return {"activations": _activations(groups[0]), "threshold": own.get("threshold")}
+
+
+def stored_outliers(checkpoint: Checkpoint) -> dict[str, Outliers]:
+    """Return the static outlier columns that the step `int8` put beside a checkpoint, by module; usually none."""
+    from safetensors.torch import load_file
+
+    declared = checkpoint.config.get("int8_outliers") or {}
+    if declared.get("mode") != "static":
+        return {}
+    name = str(declared.get("folder"))
+    if Path(name).name != name:
+        raise Refusal(f"{checkpoint.files.name}/config.json: int8_outliers: {name!r} is not a plain folder name")
+    folder = Path(checkpoint.files.name) / name
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    if not found:
+        raise Refusal(f"{folder}: holds no outlier columns, which config.json declares (int8_outliers)")
+    modules = [name.removesuffix(".outlier_columns") for name in found if name.endswith(".outlier_columns")]
+    return {m: Outliers(found[f"{m}.outlier_columns"], found[f"{m}.outlier_weight"]) for m in modules}
 
 
 def _activations(group: Mapping[str, Any]) -> str:

@@ -151,6 +151,8 @@ def _run_stage(run: _Run, stage: Stage, folder: Path, staging: Staging) -> None:
     stream(stage, checkpoint, statistics, staging, run.progress)
     for file in checkpoint.sidecars:
         staging.copy_file(Path(checkpoint.files.name) / file, file)
+    for file, content in stage.transform.side_files(stage.source, statistics):
+        staging.add_file(file, content)
     findings = [] if stage is run.plan.stages[0] else read_findings(folder)
     findings.append(stage.transform.findings(statistics))
     staging.add_file(RECIPE, dump_recipe(run.plan.recipe).encode())

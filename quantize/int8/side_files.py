@@ -1,0 +1,55 @@
+"""The float slices of static outlier columns: files beside the checkpoint, which stock loaders do not look at.
+
+They lie in a folder of their own, as engines take every safetensors file beside `config.json` for weights.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from reattend.quantize.int8.outliers import allocate, ascending
+from reattend.transform import Statistics
+
+OUTLIER_FOLDER = "int8_outliers"
+
+
+def choose_columns(layers: Sequence[str], statistics: Statistics, budget: int) -> dict[str, Tensor]:
+    """Return the number of columns (scalars) of every input, named `LAYER.LINEAR`, that fit into `budget` numbers."""
+    curves: dict[str, Tensor] = {}
+    costs: dict[str, int] = {}
+    for layer in layers:
+        learned = statistics[layer]
+        for first in _firsts(learned):
+            curves[f"{layer}.{first}"] = learned[f"{first}.curve"]
+            costs[f"{layer}.{first}"] = sum(len(learned[f"{name}.slice"]) for name in _sharers(learned, first))
+    return {name: torch.tensor(count) for name, count in allocate(curves, costs, budget).items()}
+
+
+def layer_file(prefix: str, layer: int, statistics: Statistics) -> tuple[str, bytes]:
+    """Return the name and bytes of a layer's file: `MODULE.outlier_columns` (N,) and `.outlier_weight` (O, N)."""
+    learned, counts = statistics[str(layer)], statistics["columns"]
+    tensors: dict[str, Tensor] = {}
+    for first in _firsts(learned):
+        count = int(counts[f"{layer}.{first}"])
+        names = _sharers(learned, first)
+        slices = [learned[f"{name}.slice"][:, :count] for name in names]
+        columns, slices = ascending(learned[f"{first}.columns"][:count], slices)
+        for name, piece in zip(names, slices, strict=True):
+            if count:
+                tensors[f"{prefix}{name}.outlier_columns"] = columns.clone()
+                tensors[f"{prefix}{name}.outlier_weight"] = piece
+    return f"{OUTLIER_FOLDER}/layer-{layer:05d}.safetensors", save(tensors, {"format": "pt"})
+
+
+def _firsts(learned: dict[str, Tensor]) -> list[str]:
+    """The linears that their inputs are named after."""
+    return sorted(name.removesuffix(".curve") for name in learned if name.endswith(".curve"))
+
+
+def _sharers(learned: dict[str, Tensor], first: str) -> list[str]:
+    """The linears that take the same input as `first`: those with its number, in the order of their names."""
+    own = int(learned[f"{first}.input"])
+    inputs = {name.removesuffix(".input"): int(v) for name, v in learned.items() if name.endswith(".input")}
+    return sorted(name for name, number in inputs.items() if number == own)

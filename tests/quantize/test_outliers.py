@@ -1,0 +1,185 @@
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import reattend
+from reattend import demo
+from reattend.errors import Refusal
+from reattend.kernels.int8_linear import Outliers
+from reattend.kernels.int8_linear.reference import w8a8
+from reattend.quantize.int8.formulas import quantize_channels
+from reattend.quantize.int8.outliers import allocate, ascending, removal_order
+from reattend.quantize.int8.smoothing import ExpectedError, token_weights
+from reattend.quantize.int8.transform import Int8
+from reattend.recipes.schema import Recipe
+
+TEXT = demo.EVAL_TEXT.with_name("select.txt")
+PLANTED = [3, 40, 77]
+
+
+def problem():
+    x = torch.randn(512, 128, generator=torch.Generator().manual_seed(0))
+    x[:, 7] *= 60
+    x[:, 90] *= 30
+    return x, torch.randn(48, 128, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_loudest_channel_goes_first():
+    x, w = problem()
+    columns, errors = removal_order(ExpectedError(x, [w]), 5)
+    assert columns[:2].tolist() == [7, 90]
+    assert len(errors) == 6
+    assert errors[2] < 0.05 * errors[0]
+
+
+def test_curve_is_the_error_of_the_decomposed_product():
+    """The closed form with k columns out of the way, against LLM.int8() itself as the kernels' reference computes it."""
+    x, w = problem()
+    columns, errors = removal_order(ExpectedError(x, [w]), 4)
+    codes, scale = quantize_channels(w, torch.float32)
+    for k in (0, 1, 2, 4):
+        kept, (weight,) = ascending(columns[:k], [w[:, columns[:k]]])
+        y = w8a8(x, codes, scale.flatten(), None, Outliers(kept, weight) if k else None)
+        simulated = ((y - x @ w.T).square().sum(1) * token_weights(x, w)).mean()
+        assert simulated == pytest.approx(float(errors[k]), rel=0.1)
+
+
+def test_a_narrow_input_keeps_one_channel():
+    columns, errors = removal_order(ExpectedError(torch.randn(9, 2), [torch.randn(3, 2)]), 64)
+    assert (len(columns), len(errors)) == (1, 2)
+
+
+def test_allocation_is_the_best_for_what_it_spends():
+    generator = torch.Generator().manual_seed(0)
+    curves = {name: torch.rand(4, generator=generator).cumsum(0).flip(0) for name in "abc"}
+    costs = {"a": 2, "b": 3, "c": 5}
+    for budget in range(0, 31, 3):
+        counts = allocate(curves, costs, budget)
+        spent = sum(counts[n] * costs[n] for n in costs)
+        error = sum(float(curves[n][counts[n]]) for n in costs)
+        assert spent <= budget
+        for other in itertools.product(range(4), repeat=3):
+            if sum(k * costs[n] for k, n in zip(other, costs, strict=True)) <= spent:
+                assert error <= sum(float(curves[n][k]) for k, n in zip(other, costs, strict=True)) + 1e-6
+    assert allocate(curves, costs, 30) == {"a": 3, "b": 3, "c": 3}
+    assert allocate({}, {}, 5) == {}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """The demo model, three input channels of every MLP x20 at the norm and / 20 in the weights: the same function."""
+    folder = tmp_path_factory.mktemp("planted") / "in"
+    shutil.copytree(demo.MODEL, folder)
+    tensors = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+    for layer in range(5):
+        prefix = f"model.layers.{layer}."
+        tensors[f"{prefix}post_attention_layernorm.weight"][PLANTED] *= 20
+        for name in ("gate", "up"):
+            tensors[f"{prefix}mlp.{name}_proj.weight"][:, PLANTED] /= 20
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outputs(planted, tmp_path_factory):
+    root = tmp_path_factory.mktemp("outputs")
+    for mode in ("none", "dynamic", "static"):
+        settings = {"calibration": str(TEXT)} if mode == "static" else {}
+        recipe = Recipe(steps=(Int8(outliers=mode, select=("*mlp*",)),), windows=4, window=64, **settings)
+        reattend.apply(recipe, planted, root / mode)
+    return root
+
+
+def logits(folder, ids):
+    model, _ = reattend.load(folder, dtype="float32")
+    with torch.inference_mode():
+        return model(ids).logits
+
+
+def test_decomposition_takes_planted_outliers_away(planted, outputs):
+    """LLM.int8() against plain W8A8, as `load` runs them."""
+    ids = torch.randint(10, 2000, (2, 48), generator=torch.Generator().manual_seed(0))
+    exact = logits(planted, ids)
+    none, dynamic, static = (
+        float((logits(outputs / mode, ids) - exact).norm() / exact.norm()) for mode in ("none", "dynamic", "static")
+    )
+    assert dynamic < 0.4 * none
+    assert static < 0.4 * none
+
+
+def test_static_columns_hold_the_planted_ones_and_the_weights(planted, outputs):
+    source = load_file(planted / "model.safetensors")
+    for layer in range(5):
+        found = load_file(outputs / "static" / "int8_outliers" / f"layer-{layer:05d}.safetensors")
+        for name in ("gate", "up"):
+            module = f"model.layers.{layer}.mlp.{name}_proj"
+            columns = found[f"{module}.outlier_columns"]
+            assert set(PLANTED) <= set(columns.tolist())
+            assert columns.tolist() == sorted(set(columns.tolist()))
+            assert torch.equal(found[f"{module}.outlier_weight"], source[f"{module}.weight"][:, columns])
+
+
+def test_columns_stay_within_their_share(outputs):
+    numbers = sum(
+        value.numel()
+        for file in (outputs / "static" / "int8_outliers").iterdir()
+        for name, value in load_file(file).items()
+        if name.endswith("outlier_weight")
+    )
+    whole = load_file(outputs / "static" / "model.safetensors")
+    quantised = sum(value.numel() for value in whole.values() if value.dtype == torch.int8)
+    assert 0.03 * quantised < numbers <= 0.05 * quantised
+
+
+def test_static_outliers_do_not_depend_on_the_batch(outputs):
+    ids = torch.randint(10, 2000, (3, 32), generator=torch.Generator().manual_seed(1))
+    together, alone = logits(outputs / "static", ids)[:1], logits(outputs / "static", ids[:1])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_a_stock_loader_computes_plain_w8a8(planted, outputs):
+    """The codes are complete: without the side files the checkpoint is that of `outliers: none`, bit for bit."""
+    none, static = (load_file(outputs / mode / "model.safetensors") for mode in ("none", "static"))
+    assert none.keys() == static.keys()
+    assert all(torch.equal(none[name], static[name]) for name in none)
+    assert reattend.verify(outputs / "static", against=planted)["problems"] == []
+
+
+def test_what_configs_declare(outputs, tmp_path):
+    def config(folder):
+        return json.loads((folder / "config.json").read_text())
+
+    assert "int8_outliers" not in config(outputs / "none")
+    assert config(outputs / "dynamic")["int8_outliers"] == {"mode": "dynamic", "threshold": 6.0}
+    assert config(outputs / "static")["int8_outliers"] == {"mode": "static", "folder": "int8_outliers"}
+    for outliers, threshold in (("default", 6.0), ("dynamic", 6.0), ("none", 0.0)):
+        out = tmp_path / outliers
+        reattend.apply(Recipe(steps=(Int8(format="bitsandbytes", outliers=outliers),)), demo.MODEL, out)
+        assert config(out)["quantization_config"]["llm_int8_threshold"] == threshold
+        assert "int8_outliers" not in config(out)
+
+
+def test_damaged_side_files_are_refused(outputs, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(outputs / "static", folder)
+    shutil.rmtree(folder / "int8_outliers")
+    with pytest.raises(Refusal, match="int8_outliers: holds no outlier columns"):
+        reattend.load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["int8_outliers"]["folder"] = "../static"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Refusal, match="not a plain folder name"):
+        reattend.load(folder)
+
+
+def test_refusals():
+    for settings, message in (
+        ({"activations": "none", "outliers": "static"}, "static does nothing when activations are left in 16 bit"),
+        ({"activations": "none", "outliers": "dynamic"}, "dynamic does nothing"),
+    ):
+        with pytest.raises(Refusal, match=message):
+            reattend.plan(Recipe(steps=(Int8(**settings),)), demo.MODEL)
