@@ -72,8 +72,8 @@ class Int8(BaseModel):
 
     def check(self, source: Source) -> list[str]:
         """Refuse quantised sources, Conv1D layers, non-float weights, and settings that fit nothing there."""
-        check_source(source)
         self._check_settings()
+        check_source(source)
         check_selectors((*self.select, *self.keep), source)
         modules = self._modules(source)
         if not modules:
