@@ -139,6 +139,9 @@ def test_a_packed_word_is_four_numbers(tmp_path):
     folder = Path(shutil.copytree(demo.MODEL, tmp_path / "model"))
     words = {"a.weight_packed": torch.zeros(10, 5, dtype=torch.int32)}
     save_file(words, folder / "model.safetensors", {"format": "pt"})
+    groups = {"group_0": {"weights": {"num_bits": 8}}}
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+    (folder / "config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(folder)
     assert loading._load_bytes(checkpoint, "auto") == 10 * 5 * 4 * 2
     assert loading._load_bytes(checkpoint, "float32") == 10 * 5 * 4 * 4

@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple
 from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import Checkpoint, open_checkpoint
 from reattend.errors import Failure, ReattendError, Refusal
+from reattend.families.source import numbers
 from reattend.modeling.architecture import model_class, told
 from reattend.modeling.int8_loading import load_int8, runs_on_kernels
 
 _LIBRARIES = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
-_NUMBERS_PER_WORD = 4  # 8-bit codes in words of 32
 _SHARE_OF_MEMORY = 0.8  # of what is free: activations and logits need the rest
 
 
@@ -137,9 +137,11 @@ def _load_bytes(checkpoint: Checkpoint, dtype: str) -> int:
     total = 0
     for stored in checkpoint.tensors.values():
         spec = stored.spec
-        numbers = spec.numel * (_NUMBERS_PER_WORD if spec.name.endswith(".weight_packed") else 1)
-        # With "auto", codes may be unpacked to 16 bit.
-        total += max(spec.nbytes, 2 * numbers) if dtype == "auto" else numbers * getattr(torch, dtype).itemsize
+        held = numbers(spec, checkpoint.config)
+        if dtype == "auto" or not held:  # scales stay as they are; codes may be unpacked to 16 bit
+            total += max(spec.nbytes, 2 * held)
+        else:
+            total += held * getattr(torch, dtype).itemsize
     return total
 
 

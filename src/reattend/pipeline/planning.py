@@ -122,8 +122,8 @@ class Plan:
             "bytes_before": self.checkpoint.nbytes,
             "bytes_after": self.layout.nbytes,
             "ratio": round(self.layout.nbytes / self.checkpoint.nbytes, 4),
-            "parameters_before": _parameters(self.source),
-            "parameters_after": _parameters(self.result),
+            "parameters_before": self.source.parameters,
+            "parameters_after": self.result.parameters,
             "cache_bytes_per_token_before": cache_bytes(self.source),
             "cache_bytes_per_token_after": cache_bytes(self.result),
             "peak_memory_bytes": self.peak_bytes,
@@ -133,10 +133,6 @@ class Plan:
             "remarks": list(self.remarks),
             "steps": [stage.summary() for stage in self.stages],
         }
-
-
-def _parameters(source: Source) -> int:
-    return sum(spec.numel for spec in source.tensors.values())
 
 
 def cache_bytes(source: Source) -> int:
