@@ -2,6 +2,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -262,6 +263,17 @@ def test_inspect_and_plan_as_json():
     planned = json.loads(run("plan", "int8", demo.MODEL, "--json").stdout)
     assert planned["steps"][0]["tensors_rewritten"] == 5 * 7
     assert planned["bytes_before"] == looked["bytes"]
+
+
+def test_remarks_are_told_in_words_and_as_json(monkeypatch, capsys, tmp_path):
+    folder = shutil.copytree(demo.MODEL, tmp_path / "in")
+    (folder / "extra").symlink_to("nowhere")
+    remark = "not copied: extra (a link to nothing)"
+    for arguments in (("plan", "int8", folder), ("apply", "int8", folder, tmp_path / "out", "--overwrite")):
+        code, printed, _ = call(monkeypatch, capsys, *arguments, "--json")
+        assert (code, remark in json.loads(printed)["remarks"]) == (0, True)
+        code, printed, _ = call(monkeypatch, capsys, *arguments)
+        assert (code, remark in printed) == (0, True)
 
 
 def test_convert_equals_apply(tmp_path):

@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -66,6 +67,35 @@ def test_every_other_byte_is_kept(tmp_path):
     config, before = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "out", folder))
     assert config.pop("quantization_config")
     assert config == before
+
+
+def test_what_is_no_file_is_not_copied_and_named(models, tmp_path):
+    folder = shutil.copytree(models("llama"), tmp_path / "in")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "file.txt").write_text("of another folder")
+    (folder / "notes" / "gone").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
+    (folder / "linked").symlink_to(tmp_path / "beside")
+    (folder / "file.txt").symlink_to(tmp_path / "beside" / "file.txt")
+    os.mkfifo(folder / "pipe")
+    (folder / "to pipe").symlink_to("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        place = os.open(folder, os.O_RDONLY)  # a socket's path has to be short
+        server.bind(f"/proc/self/fd/{place}/door")
+        os.close(place)
+        kinds = {"door": "a socket", "linked": "a link to a folder", "loop": "a link to nothing",
+                 "notes/gone": "a link to nothing", "pipe": "a pipe", "to pipe": "a pipe"}  # fmt: skip
+        planned = reattend.apply("int8", folder, tmp_path / "out")
+    named = [remark for remark in planned.summary()["remarks"] if remark.startswith("not copied: ")]
+    assert named == [f"not copied: {name} ({kind})" for name, kind in kinds.items()]
+    assert (tmp_path / "out/file.txt").read_text() == "of another folder"
+    assert not [name for name in kinds if os.path.lexists(tmp_path / "out" / name)]
+
+
+def test_a_folder_that_cannot_be_read_is_named(models, tmp_path, monkeypatch):
+    folder = shutil.copytree(models("llama"), tmp_path / "in")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder / "notes")
+    assert "not copied: notes (a folder that can't be read)" in reattend.plan("int8", folder).remarks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])

@@ -184,6 +184,8 @@ def _remarks(planned: Plan) -> Iterator[str]:
     checkpoint = planned.checkpoint
     if checkpoint.ignored:
         yield f"not copied, as they hold other weights: {', '.join(checkpoint.ignored)}"
+    for name, kind in checkpoint.skipped.items():
+        yield f"not copied: {name} ({kind})"
     if RECIPE in checkpoint.sizes:
         yield f"the source's {RECIPE} is replaced by this run's"
     for purpose in ("calibration", "selection"):
