@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from reattend.checkpoint.header import BITS, TensorSpec
@@ -98,12 +99,19 @@ class Source:
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
-    """Find the family and check that config and tensors agree. Raises `Refusal` naming key or tensor."""
-    return describe(checkpoint.config, {name: stored.spec for name, stored in checkpoint.tensors.items()})
+    """Find the family and check that config and tensors agree. Raises `Refusal` naming file and key or tensor."""
+    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
+    shards = {name: stored.file for name, stored in checkpoint.tensors.items()}
+    try:
+        return describe(checkpoint.config, specs, shards)
+    except Refusal as refusal:
+        raise Refusal(f"{checkpoint.files.name}/{refusal}") from refusal
 
 
-def describe(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Source:
-    """The same for a config and tensor specs that are on no disk yet."""
+def describe(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], shards: Mapping[str, str] = MappingProxyType({})
+) -> Source:
+    """The same for a config and tensor specs, which may be on no disk yet; `shards` maps names to their files."""
     model_type = config.get("model_type")
     family = _family(config)
     if family is None:
@@ -116,12 +124,20 @@ def describe(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> So
     if family.model_type != "opt":  # OPT may project between embedding and hidden size
         expected[prefix + family.embedding] = (source.size("vocab"), source.size("hidden"))
     for module, shape in expected.items():
-        packed = tensors.get(module + _PACKED)
-        if packed is None or not config.get("quantization_config"):
-            _check_tensor(tensors, f"{module}.weight", shape)
-        else:
-            _check_packed(packed, shape, config)
+        _check_weight(source, module, shape, shards)
     return source
+
+
+def _check_weight(source: Source, module: str, shape: tuple[int, int], shards: Mapping[str, str]) -> None:
+    packed = module + _PACKED in source.tensors and bool(source.config.get("quantization_config"))
+    name = module + _PACKED if packed else f"{module}.weight"
+    if name not in source.tensors:
+        raise Refusal(f"config.json: promises tensor {name!r}, which is missing")
+    spec = source.tensors[name]
+    if spec.shape not in (_packed_shapes(spec, shape, source.config) if packed else {shape}):
+        where = f"{shards[name]}: " if name in shards else ""
+        says = f"config.json says {list(shape)}{' in another num_bits' if packed else ''}"
+        raise Refusal(f"{where}tensor {name!r} has shape {list(spec.shape)}, {says}")
 
 
 def numbers(spec: TensorSpec, config: Mapping[str, Any]) -> int:
@@ -177,20 +193,10 @@ def _check_keys(source: Source) -> None:
         raise Refusal("config.json: tie_word_embeddings is neither true nor false")
 
 
-def _check_packed(packed: TensorSpec, shape: tuple[int, int], config: Mapping[str, Any]) -> None:
-    """Refuse words that can't hold a weight of `shape` in any width that the config declares."""
+def _packed_shapes(packed: TensorSpec, shape: tuple[int, int], config: Mapping[str, Any]) -> set[tuple[int, int]]:
+    """Return the shapes in which a weight of `shape` may be packed, by the widths that the config declares."""
     rows, columns = shape
     bits = BITS[packed.dtype]
     # A code may go on in the next word, or, as older versions packed, leave the rest of a word empty.
     counts = ((-(-columns * width // bits), -(-columns // (bits // width))) for width in _widths(packed, config))
-    if packed.shape not in {(rows, count) for pair in counts for count in pair}:
-        says = f"config.json says {list(shape)} and its num_bits another"
-        raise Refusal(f"tensor {packed.name!r} has shape {list(packed.shape)}, {says}")
-
-
-def _check_tensor(tensors: Mapping[str, TensorSpec], name: str, shape: tuple[int, int]) -> None:
-    if name not in tensors:
-        raise Refusal(f"tensor {name!r} is missing, config.json promises it")
-    if tensors[name].shape != shape:
-        found = list(tensors[name].shape)
-        raise Refusal(f"tensor {name!r} has shape {found}, config.json says {list(shape)}")
+    return {(rows, count) for pair in counts for count in pair}

@@ -200,7 +200,7 @@ def _stage(
     remarks = transform.check(source)
     groups = _ordered(source, list(transform.groups(source)), places)
     written = [spec for group in groups for spec in group.writes]
-    _check_distinct(written)
+    _check_distinct(written, places)
     layout = lay_out(written, {"format": "pt"} | metadata, max_bytes)
     result = describe(transform.edit_config(source, {}), {spec.name: spec for spec in written})
     return Stage(step, source, result, groups, layout, tuple(remarks))
@@ -214,9 +214,10 @@ def _ordered(source: Source, groups: list[Group], places: dict[str, tuple[str, i
     return tuple(sorted(every, key=lambda group: min(places[name] for name in group.reads)))
 
 
-def _check_distinct(written: list[TensorSpec]) -> None:
+def _check_distinct(written: list[TensorSpec], places: dict[str, tuple[str, int]]) -> None:
     seen: set[str] = set()
     for spec in written:
         if spec.name in seen:
-            raise Refusal(f"tensor {spec.name!r} exists in the source already, and the step writes one")
+            where = f"{places[spec.name][0]}: " if spec.name in places else ""
+            raise Refusal(f"{where}tensor {spec.name!r} exists in the source already, and the step writes one")
         seen.add(spec.name)
