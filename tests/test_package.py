@@ -47,7 +47,7 @@ ALLOWED = {
         "texts",
         "transform",
     },
-    "cli": {"demo", "errors", "pipeline", "progress", "recipes"},
+    "cli": {"demo", "errors", "modeling", "pipeline", "progress", "recipes"},
 }
 
 
