@@ -251,6 +251,46 @@ def test_a_phase_that_starts_again_is_timed_anew(monkeypatch, capsys):
     assert [line.rpartition(", ")[2] for line in lines] == ["10.0 s", "20.0 s", "10.0 s", "20.0 s"]
 
 
+def resumed(report, now):
+    """Tell of a run that found 6 of 10 MB done, and does 2 MB in each of two seconds."""
+    for done in (6_000_000, 8_000_000, 10_000_000):
+        report("rewriting", done, 10_000_000)
+        now[0] += 1
+
+
+def test_the_rate_of_a_resumed_run_is_that_of_its_own_bytes(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress() as report:
+        resumed(report, now)
+    assert capsys.readouterr().err.splitlines() == [
+        "rewriting: 6.0 MB of 10.0 MB, 0.0 s",
+        "rewriting: 8.0 MB of 10.0 MB, 2.0 MB/s, 1.0 s",
+        "rewriting: 10.0 MB of 10.0 MB, 2.0 MB/s, 2.0 s",
+    ]
+
+
+def test_the_bar_of_a_resumed_run_starts_where_the_earlier_one_ended(monkeypatch):
+    import rich.progress
+
+    made, now = [], [0.0]
+
+    class Bars(rich.progress.Progress):
+        def __init__(self, *columns, **options):
+            super().__init__(*columns, **options, get_time=lambda: now[0])
+            made.append(self)
+
+    monkeypatch.setattr(rich.progress, "Progress", Bars)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress() as report:
+        for _ in range(2):  # as each step of a recipe does
+            resumed(report, now)
+            task = made[0].tasks[0]
+            assert (task.completed, task.total, task.speed) == (10_000_000, 10_000_000, 2_000_000)
+            assert task.fields["amount"] == "10.0 MB of 10.0 MB, 2.0 MB/s"
+
+
 def test_inspect_and_plan_as_json():
     looked = json.loads(run("inspect", demo.MODEL, "--json").stdout)
     assert (looked["family"], looked["layers"], looked["kv_heads"], looked["tied_embeddings"]) == (

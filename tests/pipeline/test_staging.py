@@ -71,6 +71,16 @@ def test_a_damaged_journal_is_refused_and_can_be_overwritten(models, tmp_path, j
     assert reattend.verify(tmp_path / "out")["problems"] == []
 
 
+def test_a_resumed_run_says_first_what_was_done(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("reattend.checkpoint.staging._SYNC_BYTES", 1)
+    whole, rest = [], []
+    reattend.apply("int8", models("llama"), tmp_path / "whole", progress=lambda *told: whole.append(told))
+    interrupted(models("llama"), tmp_path / "out", groups=6)
+    reattend.apply("int8", models("llama"), tmp_path / "out", resume=True, progress=lambda *told: rest.append(told))
+    assert whole[0] == ("rewriting", 0, whole[-1][2])
+    assert rest == whole[5:]
+
+
 def test_a_link_is_followed(models, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")

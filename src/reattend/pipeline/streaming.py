@@ -26,16 +26,19 @@ def stream(
     """Rewrite `checkpoint` group by group, skipping the groups that the staging folder holds already."""
     staging.open_shards(stage.layout)
     reader = ShardReader(Path(checkpoint.files.name))
-    done = 0
+    sizes = [sum(stage.source.tensors[name].nbytes for name in group.reads) for group in stage.groups]
+    done = sum(sizes[number] for number in staging.done)
+    progress("rewriting", done, checkpoint.nbytes)
+    todo = [number for number in range(len(sizes)) if number not in staging.done]
     try:
-        for number, group in enumerate(stage.groups):
-            if number not in staging.done:
-                if stage.is_copy(group):
-                    _copy(stage, checkpoint, group, reader, staging)
-                else:
-                    _rewrite(stage, checkpoint, group, reader, staging, statistics)
-                staging.finish_group(number)
-            done += sum(stage.source.tensors[name].nbytes for name in group.reads)
+        for number in todo:
+            group = stage.groups[number]
+            if stage.is_copy(group):
+                _copy(stage, checkpoint, group, reader, staging)
+            else:
+                _rewrite(stage, checkpoint, group, reader, staging, statistics)
+            staging.finish_group(number)
+            done += sizes[number]
             progress("rewriting", done, checkpoint.nbytes)
     finally:
         reader.close()
