@@ -13,11 +13,9 @@ from reattend.checkpoint.index import RECIPE, Checkpoint, open_checkpoint
 from reattend.checkpoint.staging import Layout, lay_out
 from reattend.errors import Refusal
 from reattend.families.source import Source, describe, source_of
+from reattend.pipeline.memory import PROCESS_BYTES, calibration_bytes
 from reattend.recipes.schema import Recipe, load_recipe
 from reattend.transform import Group, Transform
-
-# Resident bytes of a Python process with torch and the copy buffers; scripts/bench/streaming saw 0.33 GB in all.
-PROCESS_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,20 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Estimated peak memory in bytes of the rewrite: the largest group, in and out, plus the process."""
+        """Estimated peak bytes of the rewrite, calibration apart: the largest group, in and out, plus the process."""
         return PROCESS_BYTES + max(stage.group_bytes for stage in self.stages)
+
+    @property
+    def calibration_bytes(self) -> dict[str, int]:
+        """The least peak memory of calibration (see `memory.calibration_bytes`); empty where no step calibrates."""
+        recipe = self.recipe
+        counts = {"calibration": recipe.windows, "selection": recipe.selection_windows}
+        found = [
+            calibration_bytes(stage.source, [counts[text] * recipe.window for text in stage.transform.texts])
+            for stage in self.stages
+            if stage.transform.texts
+        ]
+        return {name: max(sizes[name] for sizes in found) for name in (found[0] if found else ())}
 
     @property
     def disk_bytes(self) -> int:
@@ -127,6 +137,7 @@ class Plan:
             "cache_bytes_per_token_before": cache_bytes(self.source),
             "cache_bytes_per_token_after": cache_bytes(self.result),
             "peak_memory_bytes": self.peak_bytes,
+            "calibration_memory_at_least_bytes": self.calibration_bytes,
             "disk_bytes": self.disk_bytes,
             "shards": len(self.layout.headers),
             "engines": engines[-1],
