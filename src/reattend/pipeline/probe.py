@@ -98,8 +98,10 @@ def _logits(model: Any, ids: list[int]) -> Any:
 def _probe(folder: Path, ids: list[int], place: Path) -> None:
     import torch
 
+    scratch = place.with_suffix(".offload")
+    scratch.mkdir()
     problems = _check_numbers(folder)
-    model, unloaded = _load(folder, place.with_suffix(".offload"))
+    model, unloaded = _load(folder, scratch)
     out = _logits(model, ids)
     if not torch.isfinite(out).all():
         problems.append("logits hold NaN or inf")
