@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import reattend
 from tiny_models import write_model
 
 # The machines that run this are shared: a slow example is no finding.
@@ -22,3 +23,12 @@ def models(tmp_path_factory):
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def sound(models, tmp_path_factory) -> Path:
+    """The tiny llama in int8, of an undisturbed run and verified: an output with these bytes is as good."""
+    out = tmp_path_factory.mktemp("sound") / "out"
+    reattend.apply("int8", models("llama"), out)
+    assert reattend.verify(out)["problems"] == []
+    return out

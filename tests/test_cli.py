@@ -2,6 +2,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -250,8 +251,54 @@ def test_a_phase_that_starts_again_is_timed_anew(monkeypatch, capsys):
     assert [line.rpartition(", ")[2] for line in lines] == ["10.0 s", "20.0 s", "10.0 s", "20.0 s"]
 
 
-def test_inspect_and_plan_as_json():
-    looked = json.loads(run("inspect", demo.MODEL, "--json").stdout)
+def resumed(report, now):
+    """Tell of a run that found 6 of 10 MB done, and does 2 MB in each of two seconds."""
+    for done in (6_000_000, 8_000_000, 10_000_000):
+        report("rewriting", done, 10_000_000)
+        now[0] += 1
+
+
+def test_the_rate_of_a_resumed_run_is_that_of_its_own_bytes(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress() as report:
+        resumed(report, now)
+    assert capsys.readouterr().err.splitlines() == [
+        "rewriting: 6.0 MB of 10.0 MB, 0.0 s",
+        "rewriting: 8.0 MB of 10.0 MB, 2.0 MB/s, 1.0 s",
+        "rewriting: 10.0 MB of 10.0 MB, 2.0 MB/s, 2.0 s",
+    ]
+
+
+def test_the_bar_of_a_resumed_run_starts_where_the_earlier_one_ended(monkeypatch):
+    import rich.progress
+
+    made, now = [], [0.0]
+
+    class Bars(rich.progress.Progress):
+        def __init__(self, *columns, **options):
+            super().__init__(*columns, **options, get_time=lambda: now[0])
+            made.append(self)
+
+    monkeypatch.setattr(rich.progress, "Progress", Bars)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress() as report:
+        for _ in range(2):  # as each step of a recipe does
+            resumed(report, now)
+            task = made[0].tasks[0]
+            assert (task.completed, task.total, task.speed) == (10_000_000, 10_000_000, 2_000_000)
+            assert task.fields["amount"] == "10.0 MB of 10.0 MB, 2.0 MB/s"
+
+
+def printed_json(monkeypatch, capsys, *arguments):
+    code, printed, told = call(monkeypatch, capsys, *arguments, "--json")
+    assert code == 0, told
+    return json.loads(printed)
+
+
+def test_inspect_and_plan_as_json(monkeypatch, capsys):
+    looked = printed_json(monkeypatch, capsys, "inspect", demo.MODEL)
     assert (looked["family"], looked["layers"], looked["kv_heads"], looked["tied_embeddings"]) == (
         "llama",
         5,
@@ -259,17 +306,31 @@ def test_inspect_and_plan_as_json():
         True,
     )
     assert looked["cache_bytes_per_token"] == 5 * 2 * 2 * 32 * 2
-    planned = json.loads(run("plan", "int8", demo.MODEL, "--json").stdout)
+    planned = printed_json(monkeypatch, capsys, "plan", "int8", demo.MODEL)
     assert planned["steps"][0]["tensors_rewritten"] == 5 * 7
     assert planned["bytes_before"] == looked["bytes"]
 
 
-def test_convert_equals_apply(tmp_path):
-    assert run("convert", "int8", demo.MODEL, tmp_path / "a", "--set", "format=bitsandbytes").returncode == 0
-    assert run("apply", "int8-bitsandbytes", demo.MODEL, tmp_path / "b").returncode == 0
+def test_remarks_are_told_in_words_and_as_json(monkeypatch, capsys, tmp_path):
+    folder = shutil.copytree(demo.MODEL, tmp_path / "in")
+    (folder / "extra").symlink_to("nowhere")
+    remark = "not copied: extra (a link to nothing)"
+    for arguments in (("plan", "int8", folder), ("apply", "int8", folder, tmp_path / "out", "--overwrite")):
+        code, printed, _ = call(monkeypatch, capsys, *arguments, "--json")
+        assert (code, remark in json.loads(printed)["remarks"]) == (0, True)
+        code, printed, _ = call(monkeypatch, capsys, *arguments)
+        assert (code, remark in printed) == (0, True)
+
+
+def test_convert_equals_apply(monkeypatch, capsys, tmp_path):
+    def done(*arguments):
+        return call(monkeypatch, capsys, *arguments)[0] == 0
+
+    assert done("convert", "int8", demo.MODEL, tmp_path / "a", "--set", "format=bitsandbytes")
+    assert done("apply", "int8-bitsandbytes", demo.MODEL, tmp_path / "b")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     # The recipe that was saved gives the same output again.
-    assert run("apply", tmp_path / "a/recipe.yaml", demo.MODEL, tmp_path / "c").returncode == 0
+    assert done("apply", tmp_path / "a/recipe.yaml", demo.MODEL, tmp_path / "c")
     assert (tmp_path / "c/reattend.json").read_bytes() == (tmp_path / "a/reattend.json").read_bytes()
 
 
@@ -299,15 +360,12 @@ def test_other_libraries_keep_off_the_terminal(tmp_path, recipe):
         assert all(line.startswith(ours) for line in lines), done.stderr
 
 
-def test_recipes(tmp_path):
-    assert set(json.loads(run("recipes", "list", "--json").stdout)) == {
-        "int8",
-        "int8-bitsandbytes",
-        "int8-smooth",
-        "int8-weights",
-        "mla",
-    }
-    assert run("recipes", "copy", "int8", tmp_path / "r.yaml").returncode == 0
-    assert run("recipes", "copy", "int8", tmp_path / "r.yaml").returncode == 2
-    assert (tmp_path / "r.yaml").read_text() == run("recipes", "show", "int8").stdout
-    assert json.loads(run("recipes", "schema").stdout)["properties"]["steps"]
+def test_recipes(monkeypatch, capsys, tmp_path):
+    names = {"int8", "int8-bitsandbytes", "int8-smooth", "int8-weights", "mla"}
+    assert set(printed_json(monkeypatch, capsys, "recipes", "list")) == names
+    assert call(monkeypatch, capsys, "recipes", "copy", "int8", tmp_path / "r.yaml")[0] == 0
+    assert call(monkeypatch, capsys, "recipes", "copy", "int8", tmp_path / "r.yaml")[0] == 2
+    assert call(monkeypatch, capsys, "recipes", "show", "int8")[:2] == (0, (tmp_path / "r.yaml").read_text())
+    code, printed, _ = call(monkeypatch, capsys, "recipes", "schema")
+    assert json.loads(printed)["properties"]["steps"]
+    assert code == 0

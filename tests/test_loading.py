@@ -1,5 +1,6 @@
 """`reattend.load`: what it refuses before transformers is asked, what fails later, and where weights go."""
 
+import gc
 import json
 import shutil
 import tempfile
@@ -77,7 +78,7 @@ def test_what_transformers_stumbles_over_is_one_line_and_leaves_nothing(tmp_path
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     with pytest.raises(Failure) as caught:
-        reattend.load(folder)
+        reattend.load(folder, offload=True)
     assert str(caught.value).startswith(f"{folder}: transformers can't load it: ")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
@@ -93,7 +94,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        reattend.load(demo.MODEL)
+        reattend.load(demo.MODEL, offload=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -115,10 +116,27 @@ def test_an_odd_device_is_refused_shortly(device):
     assert len(str(caught.value)) < 100
 
 
-def test_an_odd_dtype_is_refused():
-    for dtype in ("foo", "int8", "Tensor", None):
-        with pytest.raises(Refusal, match="expected auto, or a floating-point type"):
+def test_an_odd_dtype_is_refused_alike_by_load_and_evaluate():
+    for dtype in ("foo", "int8", "Tensor", "float8_e5m2", None):
+        words = f"dtype {dtype!r}: expected auto, float32, bfloat16, float16 or float64"
+        with pytest.raises(Refusal, match=f"^{words}$"):
             reattend.load(demo.MODEL, dtype=dtype)
+        with pytest.raises(Refusal, match=f"^{words}$"):
+            reattend.evaluate(demo.MODEL, demo.EVAL_TEXT, window=64, dtype=dtype)
+
+
+def test_a_scratch_folder_is_made_where_weights_are_offloaded_and_lives_as_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = []
+    mkdtemp = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **options: made.append(mkdtemp(**options)) or made[-1])
+    reattend.load(demo.MODEL)
+    assert not made
+    model, _ = reattend.load(demo.MODEL, offload=True)
+    assert [Path(folder) for folder in made] == list(tmp_path.iterdir())
+    del model
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 def test_quantised_weights_are_not_offloaded_by_hand_either(tmp_path):
@@ -139,6 +157,9 @@ def test_a_packed_word_is_four_numbers(tmp_path):
     folder = Path(shutil.copytree(demo.MODEL, tmp_path / "model"))
     words = {"a.weight_packed": torch.zeros(10, 5, dtype=torch.int32)}
     save_file(words, folder / "model.safetensors", {"format": "pt"})
+    groups = {"group_0": {"weights": {"num_bits": 8}}}
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+    (folder / "config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(folder)
     assert loading._load_bytes(checkpoint, "auto") == 10 * 5 * 4 * 2
     assert loading._load_bytes(checkpoint, "float32") == 10 * 5 * 4 * 4

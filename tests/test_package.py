@@ -29,7 +29,7 @@ ALLOWED = {
     "families": {"checkpoint", "errors"},
     "transform": {"calibration", "checkpoint", "families"},
     "texts": {"errors"},
-    "modeling": {"checkpoint", "errors", "kernels"},
+    "modeling": {"checkpoint", "errors", "families", "kernels"},
     "calibration": {"errors", "families", "texts"},
     "evaluation": {"checkpoint", "errors", "families", "modeling", "progress", "texts"},
     "kernels": set(),
@@ -47,7 +47,7 @@ ALLOWED = {
         "texts",
         "transform",
     },
-    "cli": {"demo", "errors", "pipeline", "progress", "recipes"},
+    "cli": {"demo", "errors", "modeling", "pipeline", "progress", "recipes"},
 }
 
 

@@ -1,6 +1,7 @@
 """Inputs that must be refused in one line, with nothing written."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import reattend
+from reattend.checkpoint.tensors import TORCH_DTYPES
 from reattend.cli import cli
 from reattend.errors import Refusal
+from reattend.recipes.schema import step_class
 from tiny_models import write_model
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -117,10 +120,15 @@ SHARDED = {
 }
 
 
+# What a step refuses, or planning it: these see a model, and not the folder that it lies in.
+BY_THE_STEP = ("config.json: quantization_config", "int8: tensor", "model.safetensors: tensor")
+
+
 def check_refused(folder, out, words):
     with pytest.raises(Refusal) as caught:
         reattend.apply("int8", folder, out)
     assert words in str(caught.value)
+    assert str(caught.value).startswith((str(folder), *BY_THE_STEP))
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in out.parent.iterdir()) == [folder.name]
 
@@ -130,6 +138,41 @@ def test_bad_single_file(models, tmp_path, edit, words):
     folder = shutil.copytree(models("llama"), tmp_path / "in")
     edit(folder)
     check_refused(folder, tmp_path / "out", words)
+
+
+def test_a_refusal_names_the_file_of_a_shard(tmp_path):
+    folder = write_model("llama", tmp_path / "in", max_shard_size="20KB")
+    shard = json.loads((folder / INDEX).read_text())["weight_map"][Q]
+    config(num_attention_heads=8, head_dim=8)(folder)
+    says = f"{folder}/{shard}: tensor '{Q}' has shape [32, 32], config.json says [64, 32]"
+    with pytest.raises(Refusal, match=f"^{re.escape(says)}$"):
+        reattend.plan("int8", folder)
+
+
+@pytest.mark.parametrize("name", [Q, "model.norm.weight"])
+def test_a_nan_is_named_with_its_file(tmp_path, name):
+    folder = write_model("llama", tmp_path / "in", max_shard_size="20KB")
+    shard = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    content = {k: v.clone() for k, v in load_file(shard).items()}
+    content[name].view(-1)[-1] = float("nan")
+    save_file(content, shard, {"format": "pt"})
+    with pytest.raises(Refusal, match=f"^{re.escape(f'{shard}: tensor {name!r} holds NaN or inf')}$"):
+        reattend.apply("int8", folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_nan_of_the_step_is_laid_to_the_step(models, tmp_path, monkeypatch):
+    def broken(self, group, tensors, statistics, source):
+        codes, scale = group.writes
+        infinite = torch.full(scale.shape, float("inf"), dtype=TORCH_DTYPES[scale.dtype])
+        return {codes.name: torch.zeros(codes.shape, dtype=torch.int8), scale.name: infinite}
+
+    monkeypatch.setattr(step_class("int8"), "apply", broken)
+    file = models("llama") / "model.safetensors"
+    says = rf"^{file}: tensor '(.*)' is finite, but the step makes NaN or inf of it, in '\1_scale'$"
+    with pytest.raises(Refusal, match=says):
+        reattend.apply("int8", models("llama"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("edit", "words"), SHARDED.values(), ids=SHARDED)

@@ -1,11 +1,11 @@
+import functools
 import hashlib
 import json
 import os
 import random
 import resource
 import shutil
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 
@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reattend
+from children import CONTEXT, apply_slowly
+from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Failure, Refusal, first_line
-from reattend.pipeline import execution
+from reattend.pipeline import execution, verification
 from reattend.recipes.schema import load_recipe
 from tiny_models import write_model
 
@@ -25,20 +27,46 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-LOADED = [("int8", f) for f in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "bert")]
-LOADED += [("int8-weights", f) for f in ("llama", "qwen2", "phi3", "opt", "bert")]
-LOADED += [("int8-bitsandbytes", f) for f in ("llama", "qwen2", "opt", "bert")]
+LOADED = {
+    "int8": ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "bert"),
+    "int8-weights": ("llama", "qwen2", "phi3", "opt", "bert"),
+    "int8-bitsandbytes": ("llama", "qwen2", "opt", "bert"),
+}
 
 
-@pytest.mark.parametrize(("recipe", "family"), LOADED)
-def test_output_loads_strictly_in_stock_transformers(models, tmp_path, family, recipe):
-    planned = reattend.apply(recipe, models(family), tmp_path / "out")
-    report = reattend.verify(tmp_path / "out", against=models(family))
-    assert report["problems"] == []
-    assert 0 < report["logits_error"] < 0.05
-    assert planned.summary()["bytes_after"] == sum(
-        t.nbytes for t in load_file(tmp_path / "out/model.safetensors").values()
+@pytest.fixture(scope="module")
+def probed(models, tmp_path_factory):
+    """Plans, problems and logits errors by recipe and family: as `verify` finds them, one process for a recipe."""
+
+    @functools.cache
+    def get(recipe):
+        place = tmp_path_factory.mktemp(recipe)
+        planned = {family: reattend.apply(recipe, models(family), place / family) for family in LOADED[recipe]}
+        sources = {f"source of {family}": models(family) for family in planned}
+        ids = verification._token_ids(open_checkpoint(models("llama")), models("llama"))
+        problems = verification._probe({**sources, **{family: place / family for family in planned}}, ids, place)
+        assert not any(problems[name] for name in sources)
+        errors = {f: verification._distance(place / f"{f}.pt", place / f"source of {f}.pt") for f in planned}
+        return place, planned, problems, errors
+
+    return get
+
+
+@pytest.mark.parametrize(("recipe", "family"), [(r, family) for r, families in LOADED.items() for family in families])
+def test_output_loads_strictly_in_stock_transformers(probed, family, recipe):
+    place, planned, problems, errors = probed(recipe)
+    assert problems[family] == []
+    assert 0 < errors[family] < 0.05
+    assert planned[family].summary()["bytes_after"] == sum(
+        t.nbytes for t in load_file(place / family / "model.safetensors").values()
     )
+
+
+def test_verify_says_what_its_probe_finds(models, probed):
+    place, *_, errors = probed("int8")
+    report = reattend.verify(place / "llama", against=models("llama"))
+    assert (report["problems"], report["tokens"]) == ([], 32)
+    assert report["logits_error"] == pytest.approx(errors["llama"], rel=1e-6)
 
 
 def test_every_other_byte_is_kept(tmp_path):
@@ -68,6 +96,35 @@ def test_every_other_byte_is_kept(tmp_path):
     assert config == before
 
 
+def test_what_is_no_file_is_not_copied_and_named(models, tmp_path):
+    folder = shutil.copytree(models("llama"), tmp_path / "in")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "file.txt").write_text("of another folder")
+    (folder / "notes" / "gone").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
+    (folder / "linked").symlink_to(tmp_path / "beside")
+    (folder / "file.txt").symlink_to(tmp_path / "beside" / "file.txt")
+    os.mkfifo(folder / "pipe")
+    (folder / "to pipe").symlink_to("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        place = os.open(folder, os.O_RDONLY)  # a socket's path has to be short
+        server.bind(f"/proc/self/fd/{place}/door")
+        os.close(place)
+        kinds = {"door": "a socket", "linked": "a link to a folder", "loop": "a link to nothing",
+                 "notes/gone": "a link to nothing", "pipe": "a pipe", "to pipe": "a pipe"}  # fmt: skip
+        planned = reattend.apply("int8", folder, tmp_path / "out")
+    named = [remark for remark in planned.summary()["remarks"] if remark.startswith("not copied: ")]
+    assert named == [f"not copied: {name} ({kind})" for name, kind in kinds.items()]
+    assert (tmp_path / "out/file.txt").read_text() == "of another folder"
+    assert not [name for name in kinds if os.path.lexists(tmp_path / "out" / name)]
+
+
+def test_a_folder_that_cannot_be_read_is_named(models, tmp_path, monkeypatch):
+    folder = shutil.copytree(models("llama"), tmp_path / "in")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder / "notes")
+    assert "not copied: notes (a folder that can't be read)" in reattend.plan("int8", folder).remarks
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
 def test_source_dtypes(tmp_path, dtype):
     folder = write_model("llama", tmp_path / "in")
@@ -82,38 +139,20 @@ def test_source_dtypes(tmp_path, dtype):
     assert error < 0.01
 
 
-RUN = "import sys, reattend; reattend.apply('int8', sys.argv[1], sys.argv[2], resume=True)"
-
-
-def test_killed_at_any_moment_resumes_to_the_same_bytes(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("reattend.checkpoint.staging._SYNC_BYTES", 1)
-    reattend.apply("int8", models("llama"), tmp_path / "undisturbed")
-    whole = digest(tmp_path / "undisturbed")
-    # The child syncs after each group and takes its time, so that the kill falls at all stages.
-    slow = (
-        "import time, reattend.checkpoint.staging as s; s._SYNC_BYTES = 1; old = s._write_all\n"
-        "def slow(*a): time.sleep(0.003); old(*a)\n"
-        "s._write_all = slow; print('go', flush=True)\n"
-    )
+def test_killed_at_any_moment_resumes_to_the_same_bytes(models, sound, tmp_path):
     rng = random.Random(0)
     for _ in range(20):
         out = tmp_path / "out"
-        command = [
-            sys.executable,
-            "-c",
-            "import reattend.pipeline.execution\n" + slow + RUN,
-            str(models("llama")),
-            str(out),
-        ]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        child.stdout.readline()
-        time.sleep(rng.uniform(0, 0.35))
+        started, end = CONTEXT.Pipe(duplex=False)
+        child = CONTEXT.Process(target=apply_slowly, args=(models("llama"), out, end))
+        child.start()
+        started.recv()
+        time.sleep(rng.uniform(0, 0.5))
         child.kill()
-        child.communicate()
+        child.join()
         reattend.apply("int8", models("llama"), out, resume=True, overwrite=True)
-        assert digest(out) == whole
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "undisturbed"]
+        assert digest(out) == digest(sound)
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
         shutil.rmtree(out)
 
 
@@ -169,7 +208,7 @@ def test_a_full_disk_is_known_before_the_start(models, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_up_leaves_no_output_and_resumes(models, tmp_path):
+def test_a_disk_that_fills_up_leaves_no_output_and_resumes(models, sound, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, limits[1]))
     try:
@@ -179,7 +218,7 @@ def test_a_disk_that_fills_up_leaves_no_output_and_resumes(models, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "out").exists()
     reattend.apply("int8", models("llama"), tmp_path / "out", resume=True)
-    assert reattend.verify(tmp_path / "out")["problems"] == []
+    assert digest(tmp_path / "out") == digest(sound)
 
 
 def test_verify_finds_what_is_wrong(models, tmp_path):

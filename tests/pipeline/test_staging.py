@@ -1,13 +1,12 @@
 """What an interrupted, refused or competing run leaves behind."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import reattend
+from children import CONTEXT, apply_and_die
 from reattend.checkpoint.staging import Staging
 from reattend.errors import Failure, Refusal
 
@@ -32,14 +31,14 @@ def interrupted(model, out, groups=5):
         reattend.apply("int8", model, out, progress=stop)
 
 
-def test_no_flag_takes_the_folder_of_a_live_run(models, tmp_path):
+def test_no_flag_takes_the_folder_of_a_live_run(models, sound, tmp_path):
     def second(phase, done, total):
         for flags in ({"overwrite": True}, {"resume": True}, {"resume": True, "overwrite": True}):
             with pytest.raises(Refusal, match="another run"):
                 reattend.apply("int8-bitsandbytes", models("llama"), tmp_path / "out", **flags)
 
     reattend.apply("int8", models("llama"), tmp_path / "out", progress=second)
-    assert reattend.verify(tmp_path / "out")["problems"] == []
+    assert contents(tmp_path / "out") == contents(sound)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -62,13 +61,23 @@ def test_what_is_not_ours_is_never_touched(models, tmp_path):
 
 
 @pytest.mark.parametrize("journal", [b"garbage\n", b"\xff\xff\n", b"[1, 2\n"])
-def test_a_damaged_journal_is_refused_and_can_be_overwritten(models, tmp_path, journal):
+def test_a_damaged_journal_is_refused_and_can_be_overwritten(models, sound, tmp_path, journal):
     interrupted(models("llama"), tmp_path / "out")
     (tmp_path / ".out.partial/journal.jsonl").write_bytes(journal)
     with pytest.raises(Refusal, match=r"journal\.jsonl: is damaged"):
         reattend.apply("int8", models("llama"), tmp_path / "out", resume=True)
     reattend.apply("int8", models("llama"), tmp_path / "out", overwrite=True)
-    assert reattend.verify(tmp_path / "out")["problems"] == []
+    assert contents(tmp_path / "out") == contents(sound)
+
+
+def test_a_resumed_run_says_first_what_was_done(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("reattend.checkpoint.staging._SYNC_BYTES", 1)
+    whole, rest = [], []
+    reattend.apply("int8", models("llama"), tmp_path / "whole", progress=lambda *told: whole.append(told))
+    interrupted(models("llama"), tmp_path / "out", groups=6)
+    reattend.apply("int8", models("llama"), tmp_path / "out", resume=True, progress=lambda *told: rest.append(told))
+    assert whole[0] == ("rewriting", 0, whole[-1][2])
+    assert rest == whole[5:]
 
 
 def test_a_link_is_followed(models, tmp_path):
@@ -99,39 +108,18 @@ def test_files_named_as_our_own_are_copied(models, tmp_path):
     assert all((tmp_path / "out" / name).read_bytes() == name.encode() for name in odd)
 
 
-# A kill at each step of the commit: the n-th rename or removal ends the process.
-KILLED = """
-import os, pathlib, shutil, sys
-import reattend.pipeline.execution, reattend.checkpoint.staging as staging
-left = int(sys.argv[3])
-def killing(old):
-    def new(*a, **k):
-        global left
-        left -= 1
-        if left < 0: os._exit(9)
-        return old(*a, **k)
-    return new
-def commit(self, old=staging.Staging.commit):
-    pathlib.Path.rename = killing(pathlib.Path.rename)
-    shutil.rmtree = staging.shutil.rmtree = killing(shutil.rmtree)
-    old(self)
-staging.Staging.commit = commit
-import reattend
-reattend.apply("int8", sys.argv[1], sys.argv[2], overwrite=True)
-"""
-
-
 @pytest.mark.parametrize("replace", [False, True])
-def test_a_kill_inside_the_commit_loses_nothing(models, tmp_path, replace):
-    reattend.apply("int8", models("llama"), tmp_path / "whole")
-    whole = contents(tmp_path / "whole")
+def test_a_kill_inside_the_commit_loses_nothing(models, sound, tmp_path, replace):
+    whole = contents(sound)
     for step in range(4):
         out = tmp_path / f"out{step}"
         if replace:
-            shutil.copytree(tmp_path / "whole", out)
+            shutil.copytree(sound, out)
             (out / "old").touch()
-        command = [sys.executable, "-c", KILLED, models("llama"), out, str(step)]
-        assert subprocess.run(command, check=False).returncode == 9
+        child = CONTEXT.Process(target=apply_and_die, args=(models("llama"), out, step))
+        child.start()
+        child.join()
+        assert child.exitcode == 9
         reattend.apply("int8", models("llama"), out, resume=True, overwrite=replace)
         assert contents(out) == whole
         assert not (tmp_path / f".{out.name}.partial").exists()

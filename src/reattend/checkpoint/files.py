@@ -20,6 +20,9 @@ class Files(Protocol):
     def sizes(self) -> dict[str, int]:
         """Return every file's size in bytes, keyed by its relative POSIX path."""
 
+    def skipped(self) -> dict[str, str]:
+        """Return what is no file and holds none that `sizes` could list: its path, and what it is."""
+
     def read(self, file: str, start: int, length: int) -> bytes:
         """Return up to `length` bytes of `file` from offset `start`."""
 
@@ -33,15 +36,26 @@ class LocalFolder:
 
     def sizes(self) -> dict[str, int]:
         """See `Files.sizes`; links are followed, as the Hub's cache is made of them."""
-        found = {}
+        return self._look()[0]
+
+    def skipped(self) -> dict[str, str]:
+        """See `Files.skipped`: links to folders are not followed, as they may lead anywhere."""
+        return self._look()[1]
+
+    def _look(self) -> tuple[dict[str, int], dict[str, str]]:
+        sizes, skipped = {}, {}
         try:
             for path in sorted(self.path.rglob("*")):
                 relative = path.relative_to(self.path)
-                if relative.parts[0] not in _PRIVATE and path.is_file():
-                    found[relative.as_posix()] = path.stat().st_size
+                if relative.parts[0] in _PRIVATE:
+                    continue
+                if path.is_file():
+                    sizes[relative.as_posix()] = path.stat().st_size
+                elif kind := _kind(path):
+                    skipped[relative.as_posix()] = kind
         except OSError as error:
             raise Refusal(f"{error.filename or self.name}: {error.strerror or error}") from error
-        return found
+        return sizes, skipped
 
     def read(self, file: str, start: int, length: int) -> bytes:
         """See `Files.read`."""
@@ -71,6 +85,10 @@ class HubRepository:
         with self._asking(f"{self.name}: no such folder here, and the Hub answers"):
             entries = self._api.list_repo_tree(self.name, recursive=True)
             return {e.path: e.size for e in entries if hasattr(e, "size")}
+
+    def skipped(self) -> dict[str, str]:
+        """See `Files.skipped`: the Hub holds files alone."""
+        return {}
 
     def read(self, file: str, start: int, length: int) -> bytes:
         """See `Files.read`."""
@@ -118,6 +136,17 @@ class HubRepository:
             raise Refusal(f"{self.name}: neither a folder here nor a Hub id") from error
         except Exception as error:
             raise Failure(f"{doing}: {first_line(error)}") from error
+
+
+def _kind(path: Path) -> str | None:
+    """Say what something is that is no file, or nothing of a folder whose files are listed."""
+    if not path.exists():
+        return "a link to nothing"
+    if path.is_dir() and path.is_symlink():
+        return "a link to a folder"
+    if path.is_dir():
+        return None if os.access(path, os.R_OK | os.X_OK) else "a folder that can't be read"
+    return "a pipe" if path.is_fifo() else "a socket" if path.is_socket() else "a device"
 
 
 def _take(blocks: Iterable[bytes], length: int) -> bytes:

@@ -24,7 +24,8 @@ class Checkpoint:
     """A checkpoint on disk or on the Hub, known by its headers.
 
     `digests` maps each shard to the sha256 of its header; `ignored` are weight files that belong to no
-    shard of it (other formats, stale copies) and that an output therefore must not carry.
+    shard of it (other formats, stale copies) and that an output therefore must not carry; `skipped` maps what
+    else is not copied, as it is no file, to what it is.
     """
 
     files: Files
@@ -34,6 +35,7 @@ class Checkpoint:
     digests: dict[str, str]
     metadata: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +65,7 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
         metadata = header.metadata | metadata
     _check_listed(files, listed, tensors)
     ignored = tuple(f for f in sizes if f.endswith(WEIGHTS) and f not in digests)
-    return Checkpoint(files, config, sizes, tensors, digests, metadata, ignored)
+    return Checkpoint(files, config, sizes, tensors, digests, metadata, ignored, files.skipped())
 
 
 def _header(files: Files, shard: str, size: int) -> Header:

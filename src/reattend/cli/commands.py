@@ -9,6 +9,7 @@ import click
 from reattend.cli.console import progress, show
 from reattend.cli.streams import put, tell
 from reattend.errors import Failure, Refusal
+from reattend.modeling.dtypes import DTYPES
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 resume = click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
@@ -149,7 +150,7 @@ def _fail_on(problems: list[str], out: str) -> None:
 @click.option("--against", metavar="BASE", help="A second model, measured on the same tokens.")
 @click.option("--window", default=2048, show_default=True, help="Tokens in a window.")
 @click.option("--windows", type=click.IntRange(1), help="Windows to measure [default: all].")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, float64")
+@click.option("--dtype", default="auto", show_default=True, help=", ".join(DTYPES))
 @device
 @as_json
 def evaluate(model: str, text: str, as_json: bool, **options: Any) -> None:

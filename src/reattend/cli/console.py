@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from reattend.cli.report import aligned, human, table
 from reattend.cli.streams import put, tell
@@ -41,13 +41,14 @@ def _bars() -> Iterator[Progress]:
         tasks: dict[str, bars.TaskID] = {}
 
         def report(phase: str, done: int, total: int) -> None:
+            lap = clock.lap(phase, done)
+            amount = _amount(phase, done, total, lap)
             if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total, amount="")
-            elapsed, again = clock.elapsed(phase, done)
-            if again:
-                bar.reset(tasks[phase])
-            amount = _amount(phase, done, total, elapsed)
-            bar.update(tasks[phase], completed=done, total=total, amount=amount)
+                tasks[phase] = bar.add_task(phase, total=total, completed=done, amount=amount)
+            elif lap.fresh:
+                bar.reset(tasks[phase], total=total, completed=done, amount=amount)
+            else:
+                bar.update(tasks[phase], completed=done, amount=amount)
 
         yield report
 
@@ -57,36 +58,45 @@ def _lines() -> Progress:
     told: dict[str, int] = {}
 
     def report(phase: str, done: int, total: int) -> None:
-        elapsed, again = clock.elapsed(phase, done)
+        lap = clock.lap(phase, done)
         tenth = 10 * done // max(total, 1)
-        if tenth != (0 if again else told.get(phase, 0)):
-            tell(f"{phase}: {_amount(phase, done, total, elapsed)}, {elapsed:.1f} s")
+        if tenth != (0 if lap.fresh else told[phase]):
+            tell(f"{phase}: {_amount(phase, done, total, lap)}, {lap.seconds:.1f} s")
         told[phase] = tenth
 
     return report
+
+
+class _Lap(NamedTuple):
+    """A phase so far: what was done in this run, in how many seconds, and whether it has only just begun."""
+
+    done: int
+    seconds: float
+    fresh: bool
 
 
 class _Clock:
     """Times phases; one that starts again, as each step of a recipe does, is timed anew."""
 
     def __init__(self) -> None:
-        self._started: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}
         self._done: dict[str, int] = {}
 
-    def elapsed(self, phase: str, done: int) -> tuple[float, bool]:
-        """Return the seconds since a phase began, and whether it just began again."""
-        again = done < self._done.get(phase, 0)
-        if again or phase not in self._started:
-            self._started[phase] = time.monotonic()
+    def lap(self, phase: str, done: int) -> _Lap:
+        """Return the lap since a phase began; what it began with was done by an earlier run."""
+        fresh = phase not in self._started or done < self._done[phase]
+        if fresh:
+            self._started[phase] = time.monotonic(), done
         self._done[phase] = done
-        return time.monotonic() - self._started[phase], again
+        started, before = self._started[phase]
+        return _Lap(done - before, time.monotonic() - started, fresh)
 
 
-def _amount(phase: str, done: int, total: int, elapsed: float) -> str:
-    """What is done of the total, in bytes with their rate, or counted."""
+def _amount(phase: str, done: int, total: int, lap: _Lap) -> str:
+    """What is done of the total, in bytes with the rate of this run, or counted."""
     if phase not in BYTE_PHASES:
         return f"{done} of {total}"
-    rate = f", {human(done / elapsed)}/s" if elapsed > 0 else ""
+    rate = f", {human(lap.done / lap.seconds)}/s" if lap.done and lap.seconds > 0 else ""
     return f"{human(done)} of {human(total)}{rate}"
 
 

@@ -17,7 +17,7 @@ from reattend.errors import Failure, Refusal, first_line
 from reattend.evaluation.unused import check_unused
 from reattend.families.source import Source, source_of
 from reattend.modeling.int8 import on_kernels
-from reattend.modeling.loading import load, load_tokenizer
+from reattend.modeling.loading import check_dtype, load, load_tokenizer
 from reattend.progress import Progress, silent
 from reattend.texts.reading import read_text
 from reattend.texts.windows import Windows, read_windows
@@ -48,7 +48,7 @@ def evaluate(
     sources = [_check(path, window) for path in (model, against) if path is not None]
     if windows is not None and windows < 1:
         raise Refusal(f"windows: {windows}, expected 1 or more")
-    _check_dtype(dtype)
+    check_dtype(dtype)
     content = read_text(text)
     for measured in (model, against):
         if measured is not None:
@@ -83,11 +83,6 @@ def _check(model: Path, window: int) -> Source:
     if window < 2 or (isinstance(limit, int) and window > limit):
         raise Refusal(f"window: {window} tokens, {model} takes 2 {f'to {limit}' if limit else 'or more'}")
     return source
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
-        raise Refusal(f"dtype: {dtype!r} is not auto, float32, bfloat16, float16 or float64")
 
 
 def _tokenizer(model: Path, folder: Path) -> Any:

@@ -1,13 +1,23 @@
 """A model as transforms see it: config, family row and tensor specs, checked against each other."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from reattend.checkpoint.header import TensorSpec
+from reattend.checkpoint.header import BITS, TensorSpec
 from reattend.checkpoint.index import Checkpoint
 from reattend.errors import Refusal
 from reattend.families.rows import FAMILIES, WITH_QUERY_LATENT, Family
+
+_PACKED = ".weight_packed"
+# What quantisers store beside a weight, to decode it or to scale what it meets: part of the format, not of the model.
+_DECODING = frozenset({
+    "SCB", "weight_format", "weight_scale", "weight_scale_inv", "weight_global_scale", "weight_zero_point",
+    "weight_shape", "weight_g_idx", "input_scale", "input_global_scale", "input_zero_point", "output_scale",
+    "output_zero_point",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,14 @@ class Source:
             return self.num_layers * self.size("latent+rope")
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model, however they are stored: see `numbers`; exact for the linear layers of the row."""
+        shapes = {module + _PACKED: shape for module, shape in self.linears()}
+        packed = {name: math.prod(shape) for name, shape in shapes.items() if name in self.tensors}
+        rest = (numbers(spec, self.config) for name, spec in self.tensors.items() if name not in packed)
+        return sum(packed.values()) + sum(rest)
+
     def size(self, symbols: str) -> int:
         """Evaluate a dimension such as `q+kv+kv`."""
         return sum(self._size(symbol) for symbol in symbols.split("+"))
@@ -81,12 +99,19 @@ class Source:
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
-    """Find the family and check that config and tensors agree. Raises `Refusal` naming key or tensor."""
-    return describe(checkpoint.config, {name: stored.spec for name, stored in checkpoint.tensors.items()})
+    """Find the family and check that config and tensors agree. Raises `Refusal` naming file and key or tensor."""
+    specs = {name: stored.spec for name, stored in checkpoint.tensors.items()}
+    shards = {name: stored.file for name, stored in checkpoint.tensors.items()}
+    try:
+        return describe(checkpoint.config, specs, shards)
+    except Refusal as refusal:
+        raise Refusal(f"{checkpoint.files.name}/{refusal}") from refusal
 
 
-def describe(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Source:
-    """The same for a config and tensor specs that are on no disk yet."""
+def describe(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], shards: Mapping[str, str] = MappingProxyType({})
+) -> Source:
+    """The same for a config and tensor specs, which may be on no disk yet; `shards` maps names to their files."""
     model_type = config.get("model_type")
     family = _family(config)
     if family is None:
@@ -99,12 +124,49 @@ def describe(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> So
     if family.model_type != "opt":  # OPT may project between embedding and hidden size
         expected[prefix + family.embedding] = (source.size("vocab"), source.size("hidden"))
     for module, shape in expected.items():
-        packed = tensors.get(f"{module}.weight_packed")
-        if packed is None or not config.get("quantization_config"):
-            _check_tensor(tensors, f"{module}.weight", shape)
-        elif packed.shape[:1] != shape[:1]:
-            raise Refusal(f"tensor {packed.name!r} has {packed.shape[:1]} rows, config.json says {shape[0]}")
+        _check_weight(source, module, shape, shards)
     return source
+
+
+def _check_weight(source: Source, module: str, shape: tuple[int, int], shards: Mapping[str, str]) -> None:
+    packed = module + _PACKED in source.tensors and bool(source.config.get("quantization_config"))
+    name = module + _PACKED if packed else f"{module}.weight"
+    if name not in source.tensors:
+        raise Refusal(f"config.json: promises tensor {name!r}, which is missing")
+    spec = source.tensors[name]
+    if spec.shape not in (_packed_shapes(spec, shape, source.config) if packed else {shape}):
+        where = f"{shards[name]}: " if name in shards else ""
+        says = f"config.json says {list(shape)}{' in another num_bits' if packed else ''}"
+        raise Refusal(f"{where}tensor {name!r} has shape {list(spec.shape)}, {says}")
+
+
+def numbers(spec: TensorSpec, config: Mapping[str, Any]) -> int:
+    """Return how many of the model's numbers a stored tensor holds.
+
+    In a quantised checkpoint an element of compressed-tensors' `weight_packed` holds several codes: the count is
+    an upper bound where rows do not fill their last word, or where groups differ in width. Scales, zero points,
+    shapes and formats hold none, in compressed-tensors, bitsandbytes and fp8 alike: they say how a weight is stored.
+    """
+    if not config.get("quantization_config"):
+        return spec.numel
+    if spec.name.rpartition(".")[2] in _DECODING:
+        return 0
+    return spec.nbytes * 8 // min(_widths(spec, config)) if spec.name.endswith(_PACKED) else spec.numel
+
+
+def _widths(packed: TensorSpec, config: Mapping[str, Any]) -> set[int]:
+    """Return the bits that a code in a packed tensor may have: one width or several among the groups."""
+    declared = config["quantization_config"]
+    groups = declared.get("config_groups") if isinstance(declared, dict) else None
+    schemes = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+    widths = [scheme.get("num_bits") for scheme in schemes if isinstance(scheme, dict)]
+    known = [width for width in widths if type(width) is int and 0 < width <= BITS[packed.dtype]]
+    if not known or len(known) < len(widths):
+        key = "quantization_config: config_groups"
+        raise Refusal(
+            f"config.json: {key}: num_bits of tensor {packed.name!r} is missing or does not fit {packed.dtype}"
+        )
+    return set(known)
 
 
 def _family(config: Mapping[str, Any]) -> Family | None:
@@ -131,9 +193,10 @@ def _check_keys(source: Source) -> None:
         raise Refusal("config.json: tie_word_embeddings is neither true nor false")
 
 
-def _check_tensor(tensors: Mapping[str, TensorSpec], name: str, shape: tuple[int, int]) -> None:
-    if name not in tensors:
-        raise Refusal(f"tensor {name!r} is missing, config.json promises it")
-    if tensors[name].shape != shape:
-        found = list(tensors[name].shape)
-        raise Refusal(f"tensor {name!r} has shape {found}, config.json says {list(shape)}")
+def _packed_shapes(packed: TensorSpec, shape: tuple[int, int], config: Mapping[str, Any]) -> set[tuple[int, int]]:
+    """Return the shapes in which a weight of `shape` may be packed, by the widths that the config declares."""
+    rows, columns = shape
+    bits = BITS[packed.dtype]
+    # A code may go on in the next word, or, as older versions packed, leave the rest of a word empty.
+    counts = ((-(-columns * width // bits), -(-columns // (bits // width))) for width in _widths(packed, config))
+    return {(rows, count) for pair in counts for count in pair}

@@ -4,18 +4,22 @@ import os
 import shutil
 import tempfile
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import Checkpoint, open_checkpoint
 from reattend.errors import Failure, ReattendError, Refusal
+from reattend.families.source import numbers
 from reattend.modeling.architecture import model_class, told
+from reattend.modeling.dtypes import DTYPES
 from reattend.modeling.int8_loading import load_int8, runs_on_kernels
 
 _LIBRARIES = {"compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes"}
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
-_NUMBERS_PER_WORD = 4  # 8-bit codes in words of 32
+_ON_DISK = {"": "disk"}
+_OFFLOADING = ("auto", _ON_DISK)  # the device maps with which weights may stay on the disk
 _SHARE_OF_MEMORY = 0.8  # of what is free: activations and logits need the rest
 
 
@@ -45,25 +49,30 @@ def load(
     path = open_files(path).download()
     checkpoint = open_checkpoint(path)
     _check_config(path, checkpoint)
-    _check_dtype(dtype)
+    check_dtype(dtype)
     check_device(device)
     kind = model_class(path, checkpoint.config)
     if runtime == "auto" and not offload and runs_on_kernels(checkpoint.config):
         return Loaded(_on_kernels(path, checkpoint, dtype, device), load_tokenizer(path))
     _check_library(path, checkpoint.config)
-    places = _placement(checkpoint, dtype, str(device), offload)
-    scratch = tempfile.mkdtemp(prefix="reattend-offload-")  # for weights that the loader has to convert first
-    try:
-        model = kind.from_pretrained(path, dtype=dtype, offload_folder=scratch, **places).eval()
-    except BaseException as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if not isinstance(error, Exception):
-            raise
-        raise Failure(f"{path}: transformers can't load it: {told(error)}") from error
-    weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
+    model = _stock(path, kind, dtype, _placement(checkpoint, dtype, str(device), offload))
     if dtype != "auto":
         _cast(model, dtype)
     return Loaded(model, load_tokenizer(path))
+
+
+def _stock(path: Path, kind: Any, dtype: str, places: dict[str, Any]) -> Any:
+    """Load through transformers; offloaded weights that it has to convert first lie in a scratch folder."""
+    with ExitStack() as on_failure:
+        if places["device_map"] in _OFFLOADING:
+            places["offload_folder"] = tempfile.mkdtemp(prefix="reattend-offload-")
+            on_failure.callback(shutil.rmtree, places["offload_folder"], ignore_errors=True)
+        try:
+            model = kind.from_pretrained(path, dtype=dtype, **places).eval()
+        except Exception as error:
+            raise Failure(f"{path}: transformers can't load it: {told(error)}") from error
+        weakref.finalize(model, on_failure.pop_all().close)
+    return model
 
 
 def _on_kernels(path: Path, checkpoint: Checkpoint, dtype: str, device: str) -> Any:
@@ -96,12 +105,10 @@ def check_device(device: str) -> None:
         raise Refusal(f"device {device!r}: can't be used here; {expected}") from error
 
 
-def _check_dtype(dtype: str) -> None:
-    import torch
-
-    found = getattr(torch, str(dtype), None)
-    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise Refusal(f"dtype {dtype!r}: expected auto, or a floating-point type such as float32 or bfloat16")
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that no model is loaded in."""
+    if dtype not in DTYPES:
+        raise Refusal(f"dtype {dtype!r}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
 
 
 def _placement(checkpoint: Checkpoint, dtype: str, device: str, offload: bool | None) -> dict[str, Any]:
@@ -115,7 +122,7 @@ def _placement(checkpoint: Checkpoint, dtype: str, device: str, offload: bool | 
         reason = "quantised weights can't be offloaded to the disk"
         raise Refusal(f"{checkpoint.files.name}: {reason if asked else f'does not fit into memory, and {reason}'}")
     if device == "cpu":
-        return {"device_map": {"": "disk"}}
+        return {"device_map": _ON_DISK}
     return {"device_map": "auto", "max_memory": _room(device)}
 
 
@@ -137,9 +144,11 @@ def _load_bytes(checkpoint: Checkpoint, dtype: str) -> int:
     total = 0
     for stored in checkpoint.tensors.values():
         spec = stored.spec
-        numbers = spec.numel * (_NUMBERS_PER_WORD if spec.name.endswith(".weight_packed") else 1)
-        # With "auto", codes may be unpacked to 16 bit.
-        total += max(spec.nbytes, 2 * numbers) if dtype == "auto" else numbers * getattr(torch, dtype).itemsize
+        held = numbers(spec, checkpoint.config)
+        if dtype == "auto" or not held:  # scales stay as they are; codes may be unpacked to 16 bit
+            total += max(spec.nbytes, 2 * held)
+        else:
+            total += held * getattr(torch, dtype).itemsize
     return total
 
 

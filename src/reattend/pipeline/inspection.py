@@ -26,7 +26,7 @@ def inspect(model: str | os.PathLike[str]) -> dict[str, Any]:
         "kv_heads": source.num_kv_heads,
         "head_dim": source.head_dim,
         "tied_embeddings": source.tied,
-        "parameters": sum(spec.numel for spec in specs.values()),
+        "parameters": source.parameters,
         "bytes": checkpoint.nbytes,
         "cache_bytes_per_token": cache_bytes(source),
         "dtypes": dict(Counter(spec.dtype for spec in specs.values())),

@@ -13,11 +13,9 @@ from reattend.checkpoint.index import RECIPE, Checkpoint, open_checkpoint
 from reattend.checkpoint.staging import Layout, lay_out
 from reattend.errors import Refusal
 from reattend.families.source import Source, describe, source_of
+from reattend.pipeline.memory import PROCESS_BYTES, calibration_bytes
 from reattend.recipes.schema import Recipe, load_recipe
 from reattend.transform import Group, Transform
-
-# Resident bytes of a Python process with torch and the copy buffers; scripts/bench/streaming saw 0.33 GB in all.
-PROCESS_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,20 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Estimated peak memory in bytes of the rewrite: the largest group, in and out, plus the process."""
+        """Estimated peak bytes of the rewrite, calibration apart: the largest group, in and out, plus the process."""
         return PROCESS_BYTES + max(stage.group_bytes for stage in self.stages)
+
+    @property
+    def calibration_bytes(self) -> dict[str, int]:
+        """The least peak memory of calibration (see `memory.calibration_bytes`); empty where no step calibrates."""
+        recipe = self.recipe
+        counts = {"calibration": recipe.windows, "selection": recipe.selection_windows}
+        found = [
+            calibration_bytes(stage.source, [counts[text] * recipe.window for text in stage.transform.texts])
+            for stage in self.stages
+            if stage.transform.texts
+        ]
+        return {name: max(sizes[name] for sizes in found) for name in (found[0] if found else ())}
 
     @property
     def disk_bytes(self) -> int:
@@ -122,21 +132,18 @@ class Plan:
             "bytes_before": self.checkpoint.nbytes,
             "bytes_after": self.layout.nbytes,
             "ratio": round(self.layout.nbytes / self.checkpoint.nbytes, 4),
-            "parameters_before": _parameters(self.source),
-            "parameters_after": _parameters(self.result),
+            "parameters_before": self.source.parameters,
+            "parameters_after": self.result.parameters,
             "cache_bytes_per_token_before": cache_bytes(self.source),
             "cache_bytes_per_token_after": cache_bytes(self.result),
             "peak_memory_bytes": self.peak_bytes,
+            "calibration_memory_at_least_bytes": self.calibration_bytes,
             "disk_bytes": self.disk_bytes,
             "shards": len(self.layout.headers),
             "engines": engines[-1],
             "remarks": list(self.remarks),
             "steps": [stage.summary() for stage in self.stages],
         }
-
-
-def _parameters(source: Source) -> int:
-    return sum(spec.numel for spec in source.tensors.values())
 
 
 def cache_bytes(source: Source) -> int:
@@ -188,6 +195,8 @@ def _remarks(planned: Plan) -> Iterator[str]:
     checkpoint = planned.checkpoint
     if checkpoint.ignored:
         yield f"not copied, as they hold other weights: {', '.join(checkpoint.ignored)}"
+    for name, kind in checkpoint.skipped.items():
+        yield f"not copied: {name} ({kind})"
     if RECIPE in checkpoint.sizes:
         yield f"the source's {RECIPE} is replaced by this run's"
     for purpose in ("calibration", "selection"):
@@ -202,7 +211,7 @@ def _stage(
     remarks = transform.check(source)
     groups = _ordered(source, list(transform.groups(source)), places)
     written = [spec for group in groups for spec in group.writes]
-    _check_distinct(written)
+    _check_distinct(written, places)
     layout = lay_out(written, {"format": "pt"} | metadata, max_bytes)
     result = describe(transform.edit_config(source, {}), {spec.name: spec for spec in written})
     return Stage(step, source, result, groups, layout, tuple(remarks))
@@ -216,9 +225,10 @@ def _ordered(source: Source, groups: list[Group], places: dict[str, tuple[str, i
     return tuple(sorted(every, key=lambda group: min(places[name] for name in group.reads)))
 
 
-def _check_distinct(written: list[TensorSpec]) -> None:
+def _check_distinct(written: list[TensorSpec], places: dict[str, tuple[str, int]]) -> None:
     seen: set[str] = set()
     for spec in written:
         if spec.name in seen:
-            raise Refusal(f"tensor {spec.name!r} exists in the source already, and the step writes one")
+            where = f"{places[spec.name][0]}: " if spec.name in places else ""
+            raise Refusal(f"{where}tensor {spec.name!r} exists in the source already, and the step writes one")
         seen.add(spec.name)

@@ -1,9 +1,10 @@
 """Run by `verify` as a script of its own, where `reattend` can't be imported: stock transformers only.
 
-Usage: probe.py MODEL IDS.json RESULT.json LOGITS.pt. Loads strictly, checks keys, numbers and index, and
-saves logits of the given token ids (one window, 1-D).
+Usage: probe.py IDS.json NAME=MODEL .. Loads one model after the other strictly, checks keys, numbers and index,
+and saves, beside the ids (one window, 1-D), what is wrong as NAME.json and the logits of the ids as NAME.pt.
 """
 
+import gc
 import json
 import math
 import sys
@@ -94,19 +95,28 @@ def _logits(model: Any, ids: list[int]) -> Any:
     return (output.logits if hasattr(output, "logits") else output.last_hidden_state)[0].float()
 
 
-def main() -> None:
-    """See the module."""
+def _probe(folder: Path, ids: list[int], place: Path) -> None:
     import torch
 
-    warnings.simplefilter("ignore")
-    folder, ids, result, logits = map(Path, sys.argv[1:])
+    scratch = place.with_suffix(".offload")
+    scratch.mkdir()
     problems = _check_numbers(folder)
-    model, unloaded = _load(folder, result.parent)
-    out = _logits(model, json.loads(ids.read_text()))
+    model, unloaded = _load(folder, scratch)
+    out = _logits(model, ids)
     if not torch.isfinite(out).all():
         problems.append("logits hold NaN or inf")
-    torch.save(out, logits)
-    result.write_text(json.dumps(problems + unloaded))
+    torch.save(out, place.with_suffix(".pt"))
+    place.with_suffix(".json").write_text(json.dumps(problems + unloaded))
+
+
+def main() -> None:
+    """See the module."""
+    warnings.simplefilter("ignore")
+    ids, *models = sys.argv[1:]
+    for model in models:
+        name, _, folder = model.partition("=")
+        _probe(Path(folder), json.loads(Path(ids).read_text()), Path(ids).with_name(name))
+        gc.collect()  # the next model has the memory to itself
 
 
 if __name__ == "__main__":

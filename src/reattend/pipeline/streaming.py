@@ -1,9 +1,12 @@
 """Stream a step's groups from shards to the staged output."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from reattend.checkpoint.header import StoredTensor
 from reattend.checkpoint.index import Checkpoint
 from reattend.checkpoint.staging import Staging
 from reattend.checkpoint.tensors import ShardReader, all_finite, bytes_view, tensor_bytes
@@ -23,16 +26,19 @@ def stream(
     """Rewrite `checkpoint` group by group, skipping the groups that the staging folder holds already."""
     staging.open_shards(stage.layout)
     reader = ShardReader(Path(checkpoint.files.name))
-    done = 0
+    sizes = [sum(stage.source.tensors[name].nbytes for name in group.reads) for group in stage.groups]
+    done = sum(sizes[number] for number in staging.done)
+    progress("rewriting", done, checkpoint.nbytes)
+    todo = [number for number in range(len(sizes)) if number not in staging.done]
     try:
-        for number, group in enumerate(stage.groups):
-            if number not in staging.done:
-                if stage.is_copy(group):
-                    _copy(stage, checkpoint, group, reader, staging)
-                else:
-                    _rewrite(stage, checkpoint, group, reader, staging, statistics)
-                staging.finish_group(number)
-            done += sum(stage.source.tensors[name].nbytes for name in group.reads)
+        for number in todo:
+            group = stage.groups[number]
+            if stage.is_copy(group):
+                _copy(stage, checkpoint, group, reader, staging)
+            else:
+                _rewrite(stage, checkpoint, group, reader, staging, statistics)
+            staging.finish_group(number)
+            done += sizes[number]
             progress("rewriting", done, checkpoint.nbytes)
     finally:
         reader.close()
@@ -43,7 +49,7 @@ def _copy(stage: Stage, checkpoint: Checkpoint, group: Group, reader: ShardReade
     file, start = stage.layout.places[stored.spec.name]
     for offset, block in reader.blocks(stored):
         if not all_finite(block, stored.spec.dtype):
-            raise BadNumbersError(f"{stored.file}: tensor {stored.spec.name!r} holds NaN or inf")
+            raise _bad_numbers(checkpoint, stored)
         staging.write(file, bytes_view(block), start + offset)
 
 
@@ -64,6 +70,21 @@ def _rewrite(
         assert len(data) == spec.nbytes, spec
         # A NaN or inf that goes in comes out in some float: so only what is written needs the look.
         if not all_finite(torch.frombuffer(data, dtype=torch.uint8), spec.dtype):
-            raise BadNumbersError(f"tensors {', '.join(group.reads)}: hold NaN or inf")
+            raise _culprit(checkpoint, tensors, spec.name)
         file, start = stage.layout.places[spec.name]
         staging.write(file, data, start)
+
+
+def _bad_numbers(checkpoint: Checkpoint, stored: StoredTensor) -> BadNumbersError:
+    return BadNumbersError(f"{checkpoint.files.name}/{stored.file}: tensor {stored.spec.name!r} holds NaN or inf")
+
+
+def _culprit(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], written: str) -> BadNumbersError:
+    """Say where a NaN or inf in `written` comes from: a tensor that was read, or else the step itself."""
+    places = [checkpoint.tensors[name] for name in tensors]
+    for stored in places:
+        data = torch.frombuffer(tensor_bytes(tensors[stored.spec.name]), dtype=torch.uint8)
+        if not all_finite(data, stored.spec.dtype):
+            return _bad_numbers(checkpoint, stored)
+    first = f"{checkpoint.files.name}/{places[0].file}: tensor {places[0].spec.name!r}"
+    return BadNumbersError(f"{first} is finite, but the step makes NaN or inf of it, in {written!r}")

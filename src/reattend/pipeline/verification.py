@@ -36,8 +36,11 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
     folder = open_files(out).download()
     source = None if against is None else _source(manifest, against)
     ids = _token_ids(checkpoint, folder)
+    # The source comes first: what loading quantised weights may change in the process must not reach it.
+    folders = {"out": folder} if source is None else {"source": source, "out": folder}
     with tempfile.TemporaryDirectory() as scratch:
-        problems = _probe(folder, ids, Path(scratch), "out")
+        found = _probe(folders, ids, Path(scratch))
+        problems = found["out"]
         report: dict[str, Any] = {
             "model": str(out),
             "problems": problems,
@@ -45,8 +48,8 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
         }
         if source is None:
             return report
-        problems += [f"source: {p}" for p in _probe(source, ids, Path(scratch), "source")]
-        error = _distance(Path(scratch))
+        problems += [f"source: {problem}" for problem in found["source"]]
+        error = _distance(Path(scratch, "out.pt"), Path(scratch, "source.pt"))
     report |= {"logits_error": error, "tolerance": manifest["tolerance"], "tokens": len(ids)}
     if not error <= manifest["tolerance"]:
         problems.append(f"logits differ by {error:.4g}, more than {manifest['tolerance']}")
@@ -76,29 +79,30 @@ def _token_ids(checkpoint: Checkpoint, folder: Path) -> list[int]:
     return [(7919 * i + 13) % vocab for i in range(32)]  # no tokenizer: ids spread over the vocabulary
 
 
-def _probe(folder: Path, ids: list[int], scratch: Path, name: str) -> list[str]:
+def _probe(folders: dict[str, Path], ids: list[int], scratch: Path) -> dict[str, list[str]]:
+    """Probe models in one fresh process, where most of the time goes into imports; return the problems of each."""
     (scratch / "ids.json").write_text(json.dumps(ids))
-    result = scratch / f"{name}.json"
-    command = [str(folder), str(scratch / "ids.json"), str(result), str(scratch / f"{name}.pt")]
+    arguments = [str(scratch / "ids.json"), *(f"{name}={folder}" for name, folder in folders.items())]
     done = subprocess.run(
-        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", str(_PROBE), *command],
+        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", str(_PROBE), *arguments],
         capture_output=True, text=True, env=_environment(), check=False,
     )  # fmt: skip
-    if done.returncode or not result.exists():
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise Failure(f"{folder}: stock transformers can't load it: {last}")
-    problems: list[str] = json.loads(result.read_text())
-    return problems
+    results = {name: scratch / f"{name}.json" for name in folders}
+    for name, result in results.items():
+        if not result.exists():
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise Failure(f"{folders[name]}: stock transformers can't load it: {last}")
+    return {name: json.loads(result.read_text()) for name, result in results.items()}
 
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _distance(scratch: Path) -> float:
+def _distance(out: Path, source: Path) -> float:
     import torch
 
-    ours, theirs = (torch.load(scratch / f"{n}.pt", weights_only=True) for n in ("out", "source"))
+    ours, theirs = (torch.load(logits, weights_only=True) for logits in (out, source))
     if ours.shape != theirs.shape:
         raise Failure(f"logits have shape {tuple(ours.shape)}, the source's {tuple(theirs.shape)}")
     return float((ours - theirs).norm() / theirs.norm())
