@@ -36,8 +36,9 @@ def load(
 ) -> Loaded:
     """Load a checkpoint; `dtype` is a torch dtype's name or "auto".
 
-    `runtime="auto"` runs int8 checkpoints on our kernels, and everything else through stock transformers;
-    "stock" takes transformers for all.
+    `runtime="auto"` runs int8 checkpoints on our kernels and `deepseek_v3` checkpoints with absorbed decode
+    (`modeling/latent_attention.py`), and everything else through stock transformers; "stock" takes transformers
+    for all. A model whose weights stay on the disk runs stock too.
     A model that does not fit into the free memory of `device` runs with accelerate's offload: its weights stay
     on the disk, in the checkpoint itself. `offload` decides that by hand. Raises `Refusal` for a folder that
     is not a checkpoint, a device that is not there, or a quantisation library that is absent.
@@ -49,7 +50,9 @@ def load(
     check_device(device)
     kind = model_class(path, checkpoint.config)
     if runtime == "auto" and not offload and runs_on_kernels(checkpoint.config):
-        return Loaded(_on_kernels(path, checkpoint, dtype, device), load_tokenizer(path))
+        model = _on_kernels(path, checkpoint, dtype, device)
+        _absorb(model)
+        return Loaded(model, load_tokenizer(path))
     _check_library(path, checkpoint.config)
     places = _placement(checkpoint, dtype, str(device), offload)
     scratch = tempfile.mkdtemp(prefix="reattend-offload-")  # for weights that the loader has to convert first
@@ -63,7 +66,17 @@ def load(
     weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
     if dtype != "auto":
         _cast(model, dtype)
+    if runtime == "auto":
+        _absorb(model)
     return Loaded(model, load_tokenizer(path))
+
+
+def _absorb(model: Any) -> None:
+    """Run MLA layers absorbed; accelerate's hooks hold a module's own forward, so not with weights on the disk."""
+    if model.config.model_type == "deepseek_v3" and not hasattr(model, "_hf_hook"):
+        from reattend.modeling.latent_attention import run_absorbed  # imports the model's code
+
+        run_absorbed(model)
 
 
 def _on_kernels(path: Path, checkpoint: Checkpoint, dtype: str, device: str) -> Any:
