@@ -1,0 +1,69 @@
+"""Absorbed MLA decode against its reference."""
+
+import pytest
+import torch
+
+from reattend.kernels.mla_decode import mla_decode, reference
+
+SHAPES = [(1, 3, 1, 7, 5, 2), (2, 4, 1, 40, 16, 8), (2, 3, 4, 33, 12, 6), (1, 1, 2, 2, 1, 2)]
+
+
+def case(batch, heads, queries, tokens, rank, rope, dtype=torch.float64, room=0):
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = [(batch, heads, queries, rank), (batch, heads, queries, rope)]
+    rows = [(batch, tokens + room, rank), (batch, tokens + room, rope)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes + rows]
+    return [*tensors[:2], *(tensor[:, :tokens] for tensor in tensors[2:])]
+
+
+def causal(queries, tokens):
+    return torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries)[None, None]
+
+
+def test_by_hand():
+    # One head, scores 0 and ln 3: weights 1/4 and 3/4.
+    rows = torch.tensor([[[0.0, 4.0], [2.0, 8.0]]])
+    rope = torch.tensor([[[0.0], [1.0]]])
+    query = torch.tensor([[[[0.0, 0.0]]]]), torch.tensor([[[[2 * torch.log(torch.tensor(3.0))]]]])
+    assert mla_decode(*query, rows, rope, scale=0.5).flatten().tolist() == pytest.approx([1.5, 7.0])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("masked", ["no", "bool", "numbers"])
+def test_it_is_the_reference(shape, masked):
+    mask = None if masked == "no" else causal(shape[2], shape[3])
+    if masked == "numbers":
+        mask = torch.zeros_like(mask, dtype=torch.float64).masked_fill(~mask, -1e9)
+    tensors = case(*shape, room=3)  # rows are the start of a larger buffer
+    want = reference.mla_decode(*tensors, scale=0.3, mask=mask)
+    torch.testing.assert_close(mla_decode(*tensors, scale=0.3, mask=mask), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_error_in_other_dtypes(dtype, limit):
+    tensors = case(2, 4, 2, 50, 16, 8, dtype)
+    got = mla_decode(*tensors, scale=0.2, mask=causal(2, 50))
+    want = reference.mla_decode(*(t.double() for t in tensors), scale=0.2, mask=causal(2, 50))
+    assert got.dtype == dtype
+    assert (got.double() - want).norm() < limit * want.norm()
+
+
+def test_a_query_that_sees_nothing_gives_no_nan():
+    mask = causal(2, 5)
+    mask[:, :, 0] = False
+    assert mla_decode(*case(1, 2, 2, 5, 4, 2), scale=1.0, mask=mask).isfinite().all()
+
+
+def test_gradients():
+    tensors = [tensor.requires_grad_() for tensor in case(2, 2, 2, 5, 3, 2)]
+    assert torch.autograd.gradcheck(lambda *t: mla_decode(*t, scale=0.4, mask=causal(2, 5)), tensors)
+
+
+@pytest.mark.parametrize("change", [(1, (2, 4, 1, 9)), (1, (2, 3, 1, 8)), (2, (1, 40, 16)), (3, (2, 39, 8))])
+def test_shapes_that_do_not_fit(change):
+    tensors = case(*SHAPES[1])
+    tensors[change[0]] = torch.zeros(change[1], dtype=torch.float64)
+    with pytest.raises(ValueError, match="mla_decode"):
+        mla_decode(*tensors, scale=1.0)
+    with pytest.raises(ValueError, match="mask"):
+        mla_decode(*case(*SHAPES[1]), scale=1.0, mask=torch.ones(1, 1, 1, 3, dtype=torch.bool))
