@@ -1,5 +1,10 @@
 """Absorbed MLA decode against its reference."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -67,3 +72,20 @@ def test_shapes_that_do_not_fit(change):
         mla_decode(*tensors, scale=1.0)
     with pytest.raises(ValueError, match="mask"):
         mla_decode(*case(*SHAPES[1]), scale=1.0, mask=torch.ones(1, 1, 1, 3, dtype=torch.bool))
+
+
+def test_triton_in_the_interpreter():
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("mla_triton_cases.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "cases" in run.stdout
+
+
+@pytest.mark.parametrize(("dtype", "words"), [(torch.float32, "float32"), (torch.float16, "triton is|on cpu")])
+def test_triton_where_it_can_not_run(dtype, words):
+    with pytest.raises(RuntimeError, match=words):
+        mla_decode(*case(*SHAPES[0], dtype), scale=1.0, backend="triton")
+    with pytest.raises(ValueError, match="backend"):
+        mla_decode(*case(*SHAPES[0], torch.float16), scale=1.0, backend="cuda")
