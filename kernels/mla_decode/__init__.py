@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,8 @@ from reattend.kernels.mla_decode import products
 
 __all__ = ["mla_decode"]
 
-Backend = Literal["auto", "triton", "torch"]
+Backend = Literal["auto", "triton", "native", "torch"]
 _LOG = logging.getLogger(__name__)
-_HALF = (torch.float16, torch.bfloat16)
 _WIDEST = 512, 128  # latent and rotary numbers that the Triton tiles are made for
 
 
@@ -31,16 +31,17 @@ def mla_decode(
         returns      (B, H, S, L)
 
     `scale` is that of the expanded form, (nope + rope)^-1/2. A query that sees nothing gives some mean, no NaN.
-    `backend`: "torch" (any device and float dtype, differentiable), "triton" (CUDA, or its interpreter; fp16 and
-    bf16, bool masks, L <= 512, R <= 128), or "auto": Triton on CUDA where it applies, which is logged once.
+    `backend`: "torch" (any device, float dtype and mask; differentiable), "native" (x86-64 CPUs with a C compiler;
+    fp32, L a multiple of 32, R of 8), "triton" (CUDA, or its interpreter; fp16 and bf16, L <= 512, R <= 128), or
+    "auto": the fastest that applies; where that is torch, why is logged once.
     Raises `ValueError` for shapes or options that do not fit and `RuntimeError` for a backend that can't run here.
     """
     _check(query_latent, query_rope, latent, rope, mask)
-    if backend == "torch" or (backend == "auto" and not query_latent.is_cuda):
-        return products.mla_decode(query_latent, query_rope, latent, rope, scale, mask)
-    missing = _untriton(query_latent, query_rope, latent, mask)
-    run = _route(backend, missing, query_latent.device.type)
-    mixed: Tensor = run(query_latent, query_rope, latent, rope, scale, mask)
+    tensors = (query_latent, query_rope, latent, rope)
+    if backend == "torch" or _needs_torch(tensors, mask, backend):
+        return products.mla_decode(*tensors, scale, mask)
+    run = _route(backend, latent.device.type, latent.dtype, (latent.shape[-1], rope.shape[-1]))
+    mixed: Tensor = run(*tensors, scale, mask)
     return mixed
 
 
@@ -55,36 +56,59 @@ def _check(query_latent: Tensor, query_rope: Tensor, latent: Tensor, rope: Tenso
         raise ValueError(f"mla_decode: mask {tuple(mask.shape)} is not (.., 1, {queries}, {tokens})")
 
 
-def _untriton(query_latent: Tensor, query_rope: Tensor, latent: Tensor, mask: Tensor | None) -> str | None:
-    """Return why the Triton kernel can't take this call, or None."""
-    if query_latent.dtype not in _HALF:
-        return f"{query_latent.dtype} is not fp16 or bf16"
-    if query_latent.shape[-1] > _WIDEST[0] or query_rope.shape[-1] > _WIDEST[1]:
-        return f"rows are wider than {_WIDEST[0]} + {_WIDEST[1]}"
-    if mask is not None and mask.dtype != torch.bool:
-        return "the mask is not bool"
-    if torch.is_grad_enabled() and (query_latent.requires_grad or query_rope.requires_grad or latent.requires_grad):
-        return "a gradient is asked for"
-    return None
+def _needs_torch(tensors: tuple[Tensor, ...], mask: Tensor | None, backend: str) -> bool:
+    """Whether this call wants what only torch's route does; raises where another was asked for by name."""
+    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    numbers = mask is not None and mask.dtype != torch.bool
+    if (gradient or numbers) and backend != "auto":
+        raise RuntimeError(f"mla_decode: backend {backend!r} can't do {'gradients' if gradient else 'such a mask'}")
+    return gradient or numbers
 
 
 @functools.lru_cache(maxsize=64)
-def _route(backend: str, missing: str | None, device: str) -> Any:
-    """Return the function that runs; raises where none can."""
-    if backend not in ("auto", "triton"):
-        raise ValueError(f"mla_decode: backend={backend!r}, not 'auto', 'triton' or 'torch'")
-    try:
-        import triton
-    except ImportError:
-        missing = "triton is not installed"
-    else:
-        if missing is None and device != "cuda" and not triton.knobs.runtime.interpret:
-            missing = f"tensors are on {device}"
-    if missing is not None and backend == "triton":
-        raise RuntimeError(f"mla_decode: backend 'triton' can't run: {missing}")
-    _LOG.info("mla_decode: %s", "triton" if missing is None else f"torch, because {missing}")
-    if missing is not None:
-        return products.mla_decode
+def _route(backend: str, device: str, dtype: torch.dtype, widths: tuple[int, int]) -> Any:
+    """Return the function that runs; kept, so that a call costs one look-up. Raises where none can."""
+    if backend not in ("auto", *_ROUTES):
+        raise ValueError(f"mla_decode: backend={backend!r}, not 'auto', 'triton', 'native' or 'torch'")
+    name = backend if backend != "auto" else "triton" if device == "cuda" else "native"
+    missing = _missing(name, device, dtype, widths)
+    if missing is None:
+        return _ROUTES[name]()
+    if backend != "auto":
+        raise RuntimeError(f"mla_decode: backend {backend!r} can't run: {missing}")
+    _LOG.info("mla_decode: torch for %s %s, because %s", dtype, widths, missing)
+    return products.mla_decode
+
+
+def _missing(name: str, device: str, dtype: torch.dtype, widths: tuple[int, int]) -> str | None:
+    """Return why a route can't run tensors like these, or None."""
+    if name == "native":
+        from reattend.kernels.mla_decode import native
+
+        if device != "cpu" or dtype != torch.float32:
+            return f"tensors are {dtype} on {device}, not torch.float32 on cpu"
+        return native.unfit(*widths) or native.unavailable()
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"tensors are {dtype}, not of 16 bits"
+    if any(width > widest for width, widest in zip(widths, _WIDEST, strict=True)):
+        return f"rows are wider than {_WIDEST[0]} + {_WIDEST[1]}"
+    import triton
+
+    return None if device == "cuda" or triton.knobs.runtime.interpret else f"tensors are on {device}"
+
+
+def _triton() -> Any:
     from reattend.kernels.mla_decode import kernel
 
     return kernel.mla_decode
+
+
+def _native() -> Any:
+    from reattend.kernels.mla_decode import native
+
+    return native.mla_decode
+
+
+_ROUTES = {"triton": _triton, "native": _native}

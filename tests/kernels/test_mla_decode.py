@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reattend.kernels.mla_decode import mla_decode, reference
+from reattend.kernels.mla_decode import mla_decode, native, reference
 
 SHAPES = [(1, 3, 1, 7, 5, 2), (2, 4, 1, 40, 16, 8), (2, 3, 4, 33, 12, 6), (1, 1, 2, 2, 1, 2)]
 
@@ -42,6 +42,57 @@ def test_it_is_the_reference(shape, masked):
     tensors = case(*shape, room=3)  # rows are the start of a larger buffer
     want = reference.mla_decode(*tensors, scale=0.3, mask=mask)
     torch.testing.assert_close(mla_decode(*tensors, scale=0.3, mask=mask), want, rtol=1e-12, atol=1e-12)
+
+
+# Tokens in one tile, in several, at a tile's edge; padded rows; a part for each of two threads.
+WIDE_SHAPES = [(1, 9, 1, 300, 128, 64), (2, 4, 3, 64, 32, 8), (1, 1, 1, 1, 32, 8), (2, 5, 2, 517, 96, 16)]
+needs_native = pytest.mark.skipif(bool(native.unavailable()), reason="no native")
+
+
+@needs_native
+@pytest.mark.parametrize("shape", WIDE_SHAPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_compiled_route(shape, threads, masked, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    mask = causal(shape[2], shape[3]).expand(shape[0], -1, -1, -1).clone() if masked else None
+    if masked and shape[3] > 9:
+        mask[0, :, :, 2:9] = False
+    tensors = case(*shape, dtype=torch.float32, room=3)
+    want = reference.mla_decode(*(t.double() for t in tensors), scale=0.3, mask=mask)
+    got = mla_decode(*tensors, scale=0.3, mask=mask, backend="native")
+    assert (got - want).norm() < 2e-6 * want.norm()
+    assert torch.equal(mla_decode(*tensors, scale=0.3, mask=mask), got)
+
+
+@needs_native
+def test_extreme_scores_and_poison_on_the_compiled_route():
+    tensors = case(1, 4, 1, 200, 32, 8, dtype=torch.float32)
+    for scale in (100.0, 1e-6):
+        want = reference.mla_decode(*(t.double() for t in tensors), scale=scale)
+        assert (mla_decode(*tensors, scale=scale, backend="native") - want).norm() < 1e-5 * want.norm()
+    hidden = torch.zeros(1, 1, 1, 200, dtype=torch.bool)
+    assert mla_decode(*tensors, scale=1.0, mask=hidden, backend="native").isfinite().all()
+    for tensor, seen in ((tensors[0], slice(1, 2)), (tensors[2], slice(None))):
+        kept = tensor.clone()
+        tensor.view(-1, tensor.shape[-1])[1, 3] = torch.nan
+        assert mla_decode(*tensors, scale=1.0, backend="native")[:, seen].isnan().all()
+        tensor.copy_(kept)
+
+
+@needs_native
+def test_where_the_compiled_route_can_not_run():
+    good = case(*WIDE_SHAPES[0], dtype=torch.float32)
+    for bad, words in (
+        (case(*WIDE_SHAPES[0]), "float64"),
+        (case(1, 2, 1, 5, 24, 8, dtype=torch.float32), "multiple"),
+        ([good[0].clone().requires_grad_(), *good[1:]], "gradients"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            mla_decode(*bad, scale=1.0, backend="native")
+        assert mla_decode(*bad, scale=1.0).shape == bad[0].shape
+    with pytest.raises(RuntimeError, match="mask"):
+        mla_decode(*good, scale=1.0, mask=torch.zeros(1, 1, 1, 300), backend="native")
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
@@ -83,9 +134,9 @@ def test_triton_in_the_interpreter():
     assert "cases" in run.stdout
 
 
-@pytest.mark.parametrize(("dtype", "words"), [(torch.float32, "float32"), (torch.float16, "triton is|on cpu")])
+@pytest.mark.parametrize(("dtype", "words"), [(torch.float32, "16 bits"), (torch.float16, "triton is|on cpu")])
 def test_triton_where_it_can_not_run(dtype, words):
     with pytest.raises(RuntimeError, match=words):
         mla_decode(*case(*SHAPES[0], dtype), scale=1.0, backend="triton")
-    with pytest.raises(ValueError, match="backend"):
+    with pytest.raises(ValueError, match="backend="):
         mla_decode(*case(*SHAPES[0], torch.float16), scale=1.0, backend="cuda")
