@@ -24,7 +24,7 @@ BASE = {
 }  # fmt: skip
 VARIANTS = {
     "plain": {},
-    "biases and a query latent": {"q_lora_rank": 33, "attention_bias": True, "tie_word_embeddings": True},
+    "biases and a query latent": {"kv_lora_rank": 32, "q_lora_rank": 33, "attention_bias": True, "tie_word_embeddings": True},
     "half rotation": {"rope_interleave": False},
     "wide heads": {"qk_nope_head_dim": 32, "v_head_dim": 32},
     "longrope": {
