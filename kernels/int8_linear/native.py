@@ -5,21 +5,15 @@ Torch's own operators are wrong or slow on x86 hosts without VNNI: `qlinear` sat
 """
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from reattend.kernels import compiled
 from reattend.kernels.int8_linear.reference import Outliers
 
-_FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-fPIC")
+_SOURCE = Path(__file__).with_name("native.c")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Above this, packing W into panels costs less than reading each of its rows again per row of x (measured).
 FEW_ROWS = 6
@@ -37,52 +31,9 @@ class _Linear(ctypes.Structure):
     )
 
 
-@functools.cache
 def unavailable() -> str | None:
     """Return why this host can't run the compiled route, or None; compiles on the first call."""
-    if platform.machine().lower() not in ("x86_64", "amd64") or os.name != "posix":
-        return "native code is for x86-64 on POSIX systems"
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return "the CPU has no AVX2"
-    if _compiler() is None:
-        return "no C compiler (cc, gcc or clang) is on the path"
-    try:
-        _library()
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"native.c could not be built: {str(getattr(error, 'stderr', None) or error).strip()[:300]}"
-    return None
-
-
-def _compiler() -> str | None:
-    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    source = Path(__file__).with_name("native.c").read_bytes()
-    compiler = str(_compiler())
-    key = hashlib.sha256(repr((source, compiler, _FLAGS, torch.__version__)).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reattend"
-    built = cache / f"int8_linear-{key}.so"
-    if not built.exists():
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            _build(compiler, source, Path(folder)).replace(built)
-    library = ctypes.CDLL(str(built))
-    library.reattend_int8_linear.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    return library
-
-
-def _build(compiler: str, source: bytes, folder: Path) -> Path:
-    code, unit, library = folder / "native.c", folder / "native.o", folder / "native.so"
-    code.write_bytes(source)
-    # Torch's own OpenMP library: a second one would start threads that fight torch's for the cores.
-    lib = Path(torch.__file__).parent
-    found = [*lib.glob("lib/libgomp*.so*"), *lib.parent.glob("torch.libs/libgomp*.so*")]
-    openmp = str(found[0]) if found else "-lgomp"
-    for command in ((*_FLAGS, "-c", code, "-o", unit), ("-shared", unit, openmp, "-lm", "-o", library)):
-        subprocess.run([compiler, *map(str, command)], check=True, capture_output=True, text=True)
-    return library
+    return compiled.unavailable(_SOURCE)
 
 
 def too_wide(inputs: int) -> str | None:
@@ -110,6 +61,6 @@ def int8_linear(
         rows, inputs, outputs, 0 if columns is None else len(columns), x_MI.stride(0),
         _DTYPES[x_MI.dtype], quantize, threads,
     )  # fmt: skip
-    if _library().reattend_int8_linear(ctypes.addressof(linear), FEW_ROWS):
+    if compiled.library(_SOURCE).reattend_int8_linear(ctypes.byref(linear), ctypes.c_int64(FEW_ROWS)):
         raise MemoryError("int8_linear: no memory for the scratch of one call")
     return y_MO

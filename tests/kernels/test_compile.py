@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from reattend.kernels.int8_linear import kernel
+from reattend.kernels.mla_decode import kernel as mla
 
 # Dynamic shared memory that one block may use, bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
@@ -47,6 +48,18 @@ def blocks(config):
     return {"BLOCK_M": config.block_m, "BLOCK_O": config.block_o, "BLOCK_I": config.block_i}
 
 
+def mla_part(config, dtype, rank, rope):
+    pointers = dict.fromkeys(("p_q", "p_qr", "p_c", "p_k"), f"*{dtype}")
+    pointers |= {"p_mask": "*i8", "p_part": "*fp32", "p_lse": "*fp32", "scale": "fp32"}
+    sizes = {"BLOCK_M": config.block_m, "BLOCK_T": config.block_t, "BLOCK_L": rank, "BLOCK_R": rope}
+    return mla._part_kernel, pointers, {"HAS_MASK": True, **sizes}, config
+
+
+def mla_merge(dtype):
+    pointers = {"p_part": "*fp32", "p_lse": "*fp32", "p_out": f"*{dtype}"}
+    return mla._merge_kernel, pointers, {"BLOCK_L": 512}, mla.Config(1, 1, 4, 2)
+
+
 def shipped():
     """Every tile and dtype; the variant without mask or outliers, a part of the other, in one dtype only."""
     for dtype in FLOATS:
@@ -58,14 +71,23 @@ def shipped():
         for config in kernel.w8a16_configs(dtype == "fp32"):
             yield f"w8a16-{config.block_m}-{dtype}", w8a16(config, dtype, kernel._w8a16_kernel)
         yield f"gemv-{dtype}", w8a16(kernel.GEMV, dtype, kernel._w8a16_gemv_kernel)
+    for rank, configs in mla.CONFIGS.items():
+        for config in configs:
+            yield f"mla-{rank}-{config.block_m}", mla_part(config, "bf16", rank, 64)
+            yield f"mla-{rank}-{config.block_m}-wide", mla_part(config, "fp16", rank, 128)
+    yield "mla-merge", mla_merge("bf16")
+
+
+def _aligned(name, kind):
+    """Pointers and widths are multiples of 16 in practice, which is what lets loads be wide."""
+    return kind.startswith("*") or name in ("I", "O", "L", "R", "stride_cb", "stride_ct", "stride_kb", "stride_kt")
 
 
 def compiled(variant, arch):
     function, pointers, constants, config = variant
     names = function.arg_names
     signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in names}
-    # Pointers and widths are multiples of 16 in practice, which is what lets loads be wide.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers or n in ("I", "O")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if _aligned(n, signature[n])}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reattend.errors import Refusal
 from reattend.kernels.int8_linear import Outliers, int8_linear
+from reattend.kernels.int8_linear.reference import outlier_columns, quantize_rows
 
 # Layers that take the same input one after the other, in the order in which models call them.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
@@ -65,6 +66,16 @@ class Int8Linear(nn.Linear):
             input, held["codes"], held["scale"], held["bias"],  # type: ignore[arg-type]
             activations=self.activations, outliers=outliers, threshold=self.threshold,
         )  # fmt: skip
+
+    def rounded(self, input: Tensor) -> Tensor:
+        """Return `input` (..., I) as an int8 product on it alone sees it: rounded but for outlier columns."""
+        x_MI = input.reshape(-1, self.in_features)
+        columns = self.outlier_columns if self.threshold is None else outlier_columns(x_MI, self.threshold)
+        codes, scale = quantize_rows(x_MI, columns)
+        rounded = (codes * scale[:, None]).to(input.dtype)
+        if columns is not None:
+            rounded[:, columns] = x_MI[:, columns]
+        return rounded.view_as(input)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
         # nn.Module's own would cast the scales with the model; a move to another device is all that passes.

@@ -40,8 +40,9 @@ def load(
 ) -> Loaded:
     """Load a checkpoint; `dtype` is a torch dtype's name or "auto".
 
-    `runtime="auto"` runs int8 checkpoints on our kernels, and everything else through stock transformers;
-    "stock" takes transformers for all.
+    `runtime="auto"` runs int8 checkpoints on our kernels and `deepseek_v3` checkpoints with absorbed decode
+    (`modeling/latent_attention.py`), and everything else through stock transformers; "stock" takes transformers
+    for all. A model whose weights stay on the disk runs stock too.
     A model that does not fit into the free memory of `device` runs with accelerate's offload: its weights stay
     on the disk, in the checkpoint itself. `offload` decides that by hand. Raises `Refusal` for a folder that
     is not a checkpoint, a device that is not there, or a quantisation library that is absent.
@@ -53,11 +54,15 @@ def load(
     check_device(device)
     kind = model_class(path, checkpoint.config)
     if runtime == "auto" and not offload and runs_on_kernels(checkpoint.config):
-        return Loaded(_on_kernels(path, checkpoint, dtype, device), load_tokenizer(path))
+        model = _on_kernels(path, checkpoint, dtype, device)
+        _absorb(model)
+        return Loaded(model, load_tokenizer(path))
     _check_library(path, checkpoint.config)
     model = _stock(path, kind, dtype, _placement(checkpoint, dtype, str(device), offload))
     if dtype != "auto":
         _cast(model, dtype)
+    if runtime == "auto":
+        _absorb(model)
     return Loaded(model, load_tokenizer(path))
 
 
@@ -73,6 +78,14 @@ def _stock(path: Path, kind: Any, dtype: str, places: dict[str, Any]) -> Any:
             raise Failure(f"{path}: transformers can't load it: {told(error)}") from error
         weakref.finalize(model, on_failure.pop_all().close)
     return model
+
+
+def _absorb(model: Any) -> None:
+    """Run MLA layers absorbed; accelerate's hooks hold a module's own forward, so not with weights on the disk."""
+    if model.config.model_type == "deepseek_v3" and not hasattr(model, "_hf_hook"):
+        from reattend.modeling.latent_attention import run_absorbed  # imports the model's code
+
+        run_absorbed(model)
 
 
 def _on_kernels(path: Path, checkpoint: Checkpoint, dtype: str, device: str) -> Any:
