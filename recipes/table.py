@@ -2,5 +2,6 @@
 
 TRANSFORMS = {
     "int8": "reattend.quantize.int8.transform:Int8",
+    "int8_layout": "reattend.quantize.int8.layout:Int8Layout",
     "mla": "reattend.convert.mla.transform:Mla",
 }

@@ -29,7 +29,7 @@ ALLOWED = {
     "families": {"checkpoint", "errors"},
     "transform": {"calibration", "checkpoint", "families"},
     "texts": {"errors"},
-    "modeling": {"checkpoint", "errors", "families", "kernels"},
+    "modeling": {"checkpoint", "errors", "families", "kernels", "quantize"},
     "calibration": {"errors", "families", "texts"},
     "evaluation": {"checkpoint", "errors", "families", "modeling", "progress", "texts"},
     "kernels": set(),

@@ -1,5 +1,10 @@
-"""How each format names, holds and declares int8 weights."""
+"""How each format names, holds and declares int8 weights: written and read.
 
+Formats: compressed-tensors `int-quantized` (`weight` I8, `weight_scale`) and `pack-quantized` with one scale per
+channel (`weight_packed`, `weight_shape`, `weight_scale`); bitsandbytes (`weight` I8, `SCB` = 127 scales).
+"""
+
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -7,10 +12,20 @@ from torch import Tensor
 
 from reattend.checkpoint.header import TensorSpec
 from reattend.checkpoint.tensors import TORCH_DTYPES
-from reattend.quantize.int8.formulas import CODE_MAX, pack_codes
+from reattend.errors import Refusal
+from reattend.families.source import Source
+from reattend.quantize.int8.formulas import CODE_MAX, pack_codes, unpack_codes
 
 # The layouts of compressed-tensors by their names there, and that of bitsandbytes.
 Format = Literal["int-quantized", "pack-quantized", "bitsandbytes"]
+# A 2-D weight with one of these last names is looked up, never multiplied: no linear layer.
+_LOOKUPS = (
+    "embed_tokens",
+    "embed_positions",
+    "word_embeddings",
+    "position_embeddings",
+    "token_type_embeddings",
+)
 _SCALES = ("F16", "F32", "BF16")  # what a scale is stored in: the weight's own dtype, or bf16
 
 
@@ -67,3 +82,86 @@ def document(format: Format, ignored: list[str], threshold: float) -> dict[str, 
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
         "ignore": ignored,
     }
+
+
+def unquantised(source: Source, taken: Container[str]) -> list[str]:
+    """Return every linear layer whose weight is not `taken`: loaders quantise what they are not told to leave."""
+    two_d = [n for n, t in source.tensors.items() if len(t.shape) == 2 and n.endswith(".weight") and n not in taken]
+    kept = {n.removesuffix(".weight") for n in two_d}
+    return sorted(
+        {m for m in kept if not m.endswith(_LOOKUPS)} | ({source.family.head} if source.family.head else set())
+    )
+
+
+def engines(format: Format, *, split: bool) -> dict[str, str]:
+    """Say which engines read a format; `split`: of linears that engines fuse, some may be quantised, others not."""
+    if format == "bitsandbytes":
+        no = "not confirmed for int8 in this format"
+        return {"transformers": "yes (bitsandbytes)", "vllm": no, "sglang": no}
+    engine = "only if q/k/v and gate/up of a layer are quantised alike" if split else "yes"
+    simulated = ", activations simulated" if format == "int-quantized" else ""
+    stock = f"yes (weights decompressed{simulated}: no speed)"
+    return {"transformers": stock, "vllm": engine, "sglang": engine}
+
+
+def scheme(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `Int8Linear`'s options from a config's `quantization_config`; refuse what is not int8 per channel."""
+    declared = config.get("quantization_config") or {}
+    method = declared.get("quant_method")
+    own = config.get("int8_outliers") or {}
+    if method == "bitsandbytes":
+        if not declared.get("load_in_8bit"):
+            raise Refusal("config.json: quantization_config: bitsandbytes, but not load_in_8bit")
+        threshold = 0.0 if own else float(declared.get("llm_int8_threshold", 6.0))
+        return {"activations": "int8", "threshold": threshold or None}
+    if method != "compressed-tensors":
+        raise Refusal(f"config.json: quant_method {method!r} is not compressed-tensors or bitsandbytes")
+    groups = list((declared.get("config_groups") or {}).values())
+    if len(groups) != 1:
+        raise Refusal(f"config.json: {len(groups)} config_groups; one int8 group is what runs here")
+    return {"activations": _activations(groups[0]), "threshold": own.get("threshold")}
+
+
+def _activations(group: Mapping[str, Any]) -> str:
+    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
+    _require(group, "weights", {**int8, "strategy": "channel"})
+    if group.get("input_activations") is None:
+        return "none"
+    _require(group, "input_activations", {**int8, "strategy": "token", "dynamic": True})
+    return "int8"
+
+
+def _require(group: Mapping[str, Any], part: str, wanted: Mapping[str, Any]) -> None:
+    declared = group.get(part) or {}
+    for key, value in wanted.items():
+        if declared.get(key) != value:
+            raise Refusal(f"config.json: {part}.{key} is {declared.get(key)!r}, not {value!r}")
+
+
+def layout_of(config: Mapping[str, Any]) -> Format:
+    """Return the layout of an int8 checkpoint. Raises `Refusal` for what `scheme` refuses."""
+    activations = scheme(config)["activations"]
+    if config["quantization_config"]["quant_method"] == "bitsandbytes":
+        return "bitsandbytes"
+    return "int-quantized" if activations == "int8" else "pack-quantized"
+
+
+def int8_modules(stored: Iterable[TensorSpec]) -> list[str]:
+    """Return the linears among a checkpoint's tensors that are held as codes."""
+    found = ((*spec.name.rpartition("."), spec.dtype) for spec in stored)
+    return [m for m, _, leaf, dtype in found if leaf == "weight_packed" or (leaf == "weight" and dtype == "I8")]
+
+
+def read_codes(module: str, stored: Container[str], read: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return int8 codes (O, I) and scales (O, 1) as they are stored, from the tensors of `module`.
+
+    `read` returns a tensor by name; `stored` are the names. Raises `Refusal` for scales that are not one per output.
+    """
+    if f"{module}.weight_packed" in stored:
+        codes = unpack_codes(read(f"{module}.weight_packed"), read(f"{module}.weight_shape"))
+    else:
+        codes = read(f"{module}.weight")
+    scale = read(f"{module}.SCB") / CODE_MAX if f"{module}.SCB" in stored else read(f"{module}.weight_scale")
+    if scale.numel() != len(codes):
+        raise Refusal(f"tensor '{module}.weight_scale' has not one number per output")
+    return codes, scale.reshape(-1, 1)

@@ -54,3 +54,10 @@ def pack_codes(codes_OI: Tensor) -> Tensor:
     shifted = (codes_OI.to(torch.int16) + 128).to(torch.uint8)
     padded = torch.nn.functional.pad(shifted, (0, -codes_OI.shape[1] % 4))
     return padded.contiguous().view(torch.int32)  # safetensors runs on little-endian machines
+
+
+def unpack_codes(packed_OP: Tensor, shape: Tensor) -> Tensor:
+    """Return int8 codes (O, I) of a `weight_packed` (O, ceil(I / 4)) int32, lowest byte first."""
+    rows, width = shape.tolist()
+    values = packed_OP.contiguous().view(torch.uint8)[:, :width]
+    return (values.to(torch.int16) - 128).to(torch.int8).reshape(rows, width)

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from reattend.checkpoint.index import OUTLIERS
 from reattend.quantize.int8.outliers import allocate, ascending
 from reattend.transform import Statistics
-
-OUTLIER_FOLDER = "int8_outliers"
 
 
 def choose_columns(layers: Sequence[str], statistics: Statistics, budget: int) -> dict[str, Tensor]:
@@ -40,7 +39,7 @@ def layer_file(prefix: str, layer: int, statistics: Statistics) -> tuple[str, by
             if count:
                 tensors[f"{prefix}{name}.outlier_columns"] = columns.clone()
                 tensors[f"{prefix}{name}.outlier_weight"] = piece
-    return f"{OUTLIER_FOLDER}/layer-{layer:05d}.safetensors", save(tensors, {"format": "pt"})
+    return f"{OUTLIERS}/layer-{layer:05d}.safetensors", save(tensors, {"format": "pt"})
 
 
 def _firsts(learned: dict[str, Tensor]) -> list[str]:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from reattend.checkpoint.header import TensorSpec
+from reattend.checkpoint.index import OUTLIERS
 from reattend.errors import Refusal
 from reattend.families.source import Source
 from reattend.quantize.int8.calibration import Learned, learn_layer
@@ -19,21 +20,12 @@ from reattend.quantize.int8.checks import (
     check_smoothing,
     check_source,
 )
-from reattend.quantize.int8.formats import Format, document, specs
+from reattend.quantize.int8.formats import Format, document, engines, specs, unquantised
 from reattend.quantize.int8.formats import tensors as layout_tensors
 from reattend.quantize.int8.formulas import quantize_channels
 from reattend.quantize.int8.migration import layer_tensors, migrate
-from reattend.quantize.int8.side_files import OUTLIER_FOLDER, choose_columns, layer_file
+from reattend.quantize.int8.side_files import choose_columns, layer_file
 from reattend.transform import Group, Passes, Statistics
-
-# A 2-D weight with one of these last names is looked up, never multiplied: no linear layer.
-_LOOKUPS = (
-    "embed_tokens",
-    "embed_positions",
-    "word_embeddings",
-    "position_embeddings",
-    "token_type_embeddings",
-)
 
 
 class Int8(BaseModel):
@@ -107,7 +99,7 @@ class Int8(BaseModel):
             remarks.append(f"{kept} linear layers are kept by select, keep or family")
         if self.mode == "static":
             most = self._column_budget(source)
-            remarks.append(f"up to {most} numbers of outlier columns go to {OUTLIER_FOLDER}/, in the weights' dtypes")
+            remarks.append(f"up to {most} numbers of outlier columns go to {OUTLIERS}/, in the weights' dtypes")
         if self.mode == "static" or (self.mode == "dynamic" and self.format == "compressed-tensors"):
             remarks.append(f"outliers: {self.mode}: reattend.load computes it, other engines plain W8A8")
         return remarks
@@ -209,21 +201,17 @@ class Int8(BaseModel):
 
     def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:
         """Add the format's `quantization_config`, and what `reattend.load` does about outliers beyond it."""
+        taken = {f"{module}.weight" for module in self._modules(source)}
         threshold = 0.0 if self.mode in ("none", "static") else self.threshold
-        config = {**source.config, "quantization_config": document(self._layout, self._ignored(source), threshold)}
+        config = {
+            **source.config,
+            "quantization_config": document(self._layout, unquantised(source, taken), threshold),
+        }
         if self.mode == "static":
-            config["int8_outliers"] = {"mode": "static", "folder": OUTLIER_FOLDER}
+            config["int8_outliers"] = {"mode": "static"}
         elif self.mode == "dynamic" and self.format == "compressed-tensors":
             config["int8_outliers"] = {"mode": "dynamic", "threshold": self.threshold}
         return config
-
-    def _ignored(self, source: Source) -> list[str]:
-        """Every linear layer that stays in 16 bit: loaders quantise what they are not told to leave."""
-        taken = set(self._modules(source))
-        two_d = [n.removesuffix(".weight") for n, t in source.tensors.items() if len(t.shape) == 2]
-        kept = [m for m in two_d if m not in taken and not m.endswith(_LOOKUPS)]
-        head = [source.family.head] if source.family.head else []
-        return sorted({*kept, *head})
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
         """Return the W8A8 error of smoothed inputs, before and after, and the number of static columns, by layer."""
@@ -236,17 +224,7 @@ class Int8(BaseModel):
 
     def engines(self, source: Source) -> dict[str, str]:
         """vLLM and SGLang fuse q/k/v and gate/up, so those must be quantised together."""
-        if self.format == "bitsandbytes":
-            no = "not confirmed for int8 in this format"
-            return {"transformers": "yes (bitsandbytes)", "vllm": no, "sglang": no}
-        split = self.select != ("*",) or bool(self.keep)
-        engine = "only if q/k/v and gate/up of a layer are quantised alike" if split else "yes"
-        simulated = ", activations simulated" if self.activations == "int8" else ""
-        return {
-            "transformers": f"yes (weights decompressed{simulated}: no speed)",
-            "vllm": engine,
-            "sglang": engine,
-        }
+        return engines(self._layout, split=self.select != ("*",) or bool(self.keep))
 
 
 def _errors(learned: Mapping[str, Tensor]) -> dict[str, list[float]]:

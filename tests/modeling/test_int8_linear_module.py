@@ -12,7 +12,9 @@ import reattend
 from reattend.errors import Failure, Refusal
 from reattend.kernels.int8_linear import Outliers
 from reattend.modeling.int8 import Int8Linear, fuse_linears, replace_linears
-from reattend.modeling.int8_loading import load_int8, scheme, unpack
+from reattend.modeling.int8_loading import load_int8
+from reattend.quantize.int8.formats import scheme
+from reattend.quantize.int8.formulas import unpack_codes
 from reattend.recipes.schema import load_recipe
 
 IDS = torch.arange(2, 42)[None]
@@ -170,7 +172,7 @@ def test_packed_codes_and_weight_only(int8):
 def test_packing_by_hand():
     # 128 + code, lowest byte first: codes 1, -1, 0, 127 | -127.
     packed = torch.tensor([[0xFF807F81 - (1 << 32), 0x01]], dtype=torch.int64).to(torch.int32)
-    assert unpack(packed, torch.tensor([1, 5])).tolist() == [[1, -1, 0, 127, -127]]
+    assert unpack_codes(packed, torch.tensor([1, 5])).tolist() == [[1, -1, 0, 127, -127]]
 
 
 def test_a_damaged_checkpoint_is_refused(int8):

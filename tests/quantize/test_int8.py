@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 
 from reattend.errors import Refusal
 from reattend.families.source import Source
-from reattend.modeling.int8_loading import unpack
 from reattend.quantize.int8.formulas import (
     channel_scale,
     pack_codes,
     quantize_channels,
     round_up,
+    unpack_codes,
 )
 from reattend.quantize.int8.transform import Int8
 
@@ -71,7 +71,7 @@ def test_packed_codes_are_those_of_compressed_tensors(rows, columns, seed):
     codes = torch.randint(-127, 128, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
     packed = pack_codes(codes)
     assert torch.equal(packed, pack_to_int32(codes, 8))
-    assert torch.equal(unpack(packed, torch.tensor([rows, columns])), codes)
+    assert torch.equal(unpack_codes(packed, torch.tensor([rows, columns])), codes)
 
 
 def test_bitsandbytes_without_quantised_activations_is_refused():

@@ -15,6 +15,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "reattend.json"
 RECIPE = "recipe.yaml"
+OUTLIERS = "int8_outliers"  # a folder of weights that no stock loader looks into
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".tflite", *PICKLES)
 
@@ -64,7 +65,8 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
         digests[shard] = header.digest
         metadata = header.metadata | metadata
     _check_listed(files, listed, tensors)
-    ignored = tuple(f for f in sizes if f.endswith(WEIGHTS) and f not in digests)
+    own = f"{OUTLIERS}/" if config.get("int8_outliers") else None  # they belong to the weights, and stay with them
+    ignored = tuple(f for f in sizes if f.endswith(WEIGHTS) and f not in digests and not (own and f.startswith(own)))
     return Checkpoint(files, config, sizes, tensors, digests, metadata, ignored, files.skipped())
 
 

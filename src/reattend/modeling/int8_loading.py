@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from reattend.checkpoint.files import LocalFolder
-from reattend.checkpoint.index import Checkpoint, open_checkpoint
+from reattend.checkpoint.index import OUTLIERS, Checkpoint, open_checkpoint
 from reattend.checkpoint.tensors import ShardReader
 from reattend.errors import Failure, Refusal
 from reattend.kernels.int8_linear import Outliers
-from reattend.kernels.int8_linear.reference import CODE_MAX, quantize_rows
+from reattend.kernels.int8_linear.reference import quantize_rows
 from reattend.modeling.architecture import model_class
 from reattend.modeling.int8 import Int8Linear, fuse_linears, replace_linears
+from reattend.quantize.int8.formats import int8_modules, read_codes, scheme
 
-_PACKED_ZERO = 128  # pack-quantized stores code + 128
 _PARTS = ("weight", "weight_packed", "weight_shape", "weight_scale", "SCB", "weight_format", "bias")
 
 
@@ -70,24 +70,6 @@ def runs_on_kernels(config: Mapping[str, Any]) -> bool:
     return True
 
 
-def scheme(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `Int8Linear`'s options from a config's `quantization_config`; refuse what is not int8 per channel."""
-    declared = config.get("quantization_config") or {}
-    method = declared.get("quant_method")
-    own = config.get("int8_outliers") or {}
-    if method == "bitsandbytes":
-        if not declared.get("load_in_8bit"):
-            raise Refusal("config.json: quantization_config: bitsandbytes, but not load_in_8bit")
-        threshold = 0.0 if own else float(declared.get("llm_int8_threshold", 6.0))
-        return {"activations": "int8", "threshold": threshold or None}
-    if method != "compressed-tensors":
-        raise Refusal(f"config.json: quant_method {method!r} is not compressed-tensors or bitsandbytes")
-    groups = list((declared.get("config_groups") or {}).values())
-    if len(groups) != 1:
-        raise Refusal(f"config.json: {len(groups)} config_groups; one int8 group is what runs here")
-    return {"activations": _activations(groups[0]), "threshold": own.get("threshold")}
-
-
 def stored_outliers(checkpoint: Checkpoint) -> dict[str, Outliers]:
     """Return the static outlier columns that the step `int8` put beside a checkpoint, by module; usually none."""
     from safetensors.torch import load_file
@@ -95,10 +77,7 @@ def stored_outliers(checkpoint: Checkpoint) -> dict[str, Outliers]:
     declared = checkpoint.config.get("int8_outliers") or {}
     if declared.get("mode") != "static":
         return {}
-    name = str(declared.get("folder"))
-    if Path(name).name != name:
-        raise Refusal(f"{checkpoint.files.name}/config.json: int8_outliers: {name!r} is not a plain folder name")
-    folder = Path(checkpoint.files.name) / name
+    folder = Path(checkpoint.files.name) / OUTLIERS
     found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)
@@ -106,22 +85,6 @@ def stored_outliers(checkpoint: Checkpoint) -> dict[str, Outliers]:
         raise Refusal(f"{folder}: holds no outlier columns, which config.json declares (int8_outliers)")
     modules = [name.removesuffix(".outlier_columns") for name in found if name.endswith(".outlier_columns")]
     return {m: Outliers(found[f"{m}.outlier_columns"], found[f"{m}.outlier_weight"]) for m in modules}
-
-
-def _activations(group: Mapping[str, Any]) -> str:
-    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
-    _require(group, "weights", {**int8, "strategy": "channel"})
-    if group.get("input_activations") is None:
-        return "none"
-    _require(group, "input_activations", {**int8, "strategy": "token", "dynamic": True})
-    return "int8"
-
-
-def _require(group: Mapping[str, Any], part: str, wanted: Mapping[str, Any]) -> None:
-    declared = group.get(part) or {}
-    for key, value in wanted.items():
-        if declared.get(key) != value:
-            raise Refusal(f"config.json: {part}.{key} is {declared.get(key)!r}, not {value!r}")
 
 
 def _empty_model(config: Mapping[str, Any], path: Path, dtype: str) -> nn.Module:
@@ -150,26 +113,10 @@ def _layers(
             raise Refusal(f"tensor {name!r} is missing")
         return reader.read(stored[name])
 
-    for name, tensor in stored.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed":
-            codes = unpack(read(name), read(f"{module}.weight_shape"))
-        elif leaf == "weight" and tensor.spec.dtype == "I8":
-            codes = read(name)
-        else:
-            continue
-        scale = read(f"{module}.SCB") / CODE_MAX if f"{module}.SCB" in stored else read(f"{module}.weight_scale")
-        if scale.numel() != len(codes):
-            raise Refusal(f"tensor '{module}.weight_scale' has not one number per output")
+    for module in int8_modules(tensor.spec for tensor in stored.values()):
+        codes, scale = read_codes(module, stored, read)
         bias = read(f"{module}.bias") if f"{module}.bias" in stored else None
         yield module, Int8Linear(codes, scale, bias, outliers=outliers.get(module), **options)
-
-
-def unpack(packed_OP: Tensor, shape: Tensor) -> Tensor:
-    """Return int8 codes (O, I) of a `weight_packed` (O, ceil(I / 4)) int32, lowest byte first."""
-    rows, width = shape.tolist()
-    values = packed_OP.contiguous().view(torch.uint8)[:, :width]
-    return (values.to(torch.int16) - _PACKED_ZERO).to(torch.int8).reshape(rows, width)
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, reader: ShardReader, layers: Mapping[str, Int8Linear]) -> None:
