@@ -48,6 +48,10 @@ def mla_decode(
 def _check(query_latent: Tensor, query_rope: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None) -> None:
     batch, _, queries, rank = query_latent.shape
     tokens = latent.shape[1]
+    if len({(tensor.dtype, tensor.device) for tensor in (query_latent, query_rope, latent, rope)}) > 1:
+        raise ValueError("mla_decode: queries and rows must have one dtype and be on one device")
+    if latent.stride(-1) != 1 or rope.stride(-1) != 1:
+        raise ValueError("mla_decode: the last dimension of rows must be contiguous")
     if query_rope.shape[:3] != query_latent.shape[:3]:
         raise ValueError(f"mla_decode: queries {tuple(query_latent.shape)} and {tuple(query_rope.shape)} do not fit")
     if latent.shape != (batch, tokens, rank) or rope.shape != (batch, tokens, query_rope.shape[-1]) or not tokens:

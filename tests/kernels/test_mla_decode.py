@@ -121,6 +121,11 @@ def test_shapes_that_do_not_fit(change):
     tensors[change[0]] = torch.zeros(change[1], dtype=torch.float64)
     with pytest.raises(ValueError, match="mla_decode"):
         mla_decode(*tensors, scale=1.0)
+    tensors = case(*SHAPES[1])
+    with pytest.raises(ValueError, match="dtype"):
+        mla_decode(*tensors[:2], tensors[2].float(), tensors[3], scale=1.0)
+    with pytest.raises(ValueError, match="contiguous"):
+        mla_decode(*tensors[:3], tensors[3].transpose(1, 2).contiguous().transpose(1, 2), scale=1.0)
     with pytest.raises(ValueError, match="mask"):
         mla_decode(*case(*SHAPES[1]), scale=1.0, mask=torch.ones(1, 1, 1, 3, dtype=torch.bool))
 

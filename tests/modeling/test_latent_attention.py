@@ -214,6 +214,21 @@ def test_where_stock_runs(plain, absorbed, change):
     assert len(absorbed) == (LAYERS - 1 if change is ELSEWHERE["a hook"] else 0)
 
 
+@torch.no_grad()
+def test_autocast_and_a_mask_per_head_run_stock(plain, absorbed):
+    mask = torch.ones(2, 4, 1, 13, dtype=torch.bool)
+    mask[:, 1, :, 3:5] = False
+    found = []
+    for model in pair(plain):
+        _, cache = steps(model, (12,))
+        found.append(model(IDS[:, :1], cache=copy.deepcopy(cache), attention_mask=mask).logits)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model(IDS[:, :1], cache=cache).logits)
+    assert not absorbed
+    assert torch.equal(found[2], found[0])
+    assert torch.equal(found[3], found[1])
+
+
 def test_gradients_are_stocks(plain):
     found = []
     for model in pair(plain):

@@ -6,9 +6,11 @@ up-projections are applied to the new token's queries and output instead (DeepSe
 Legend: B batch, S new tokens, T all tokens, H heads, N position-free, R rotary and V value numbers, L latent rank.
 """
 
+import logging
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
@@ -22,12 +24,14 @@ from reattend.kernels.mla_decode import mla_decode
 from reattend.modeling.int8 import Int8Linear
 from reattend.modeling.latent_cache import latent_layer
 
+_LOG = logging.getLogger(__name__)
+
 
 class LatentAttention(DeepseekV3Attention):  # type: ignore[misc]
     """Stock attention with the same parameters, absorbed where that is cheaper.
 
-    It runs as stock does while training, without a cache, with a cache that is no plain growing one, with an
-    attention implementation other than sdpa, and where an adapter or a hook sits on `kv_b_proj`.
+    It runs as stock does while training, under autocast, without a cache, with a cache that is no plain growing
+    one, with an attention implementation other than sdpa, and where an adapter or a hook sits on `kv_b_proj`.
     """
 
     def forward(
@@ -36,8 +40,7 @@ class LatentAttention(DeepseekV3Attention):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Return the output (B, S, E), and the attention weights where stock gives them."""
         layer = latent_layer(cache, self.layer_idx)
-        queries = hidden_states.shape[1]
-        if layer is None or not self._absorbs(queries, layer.get_seq_length() + queries, attention_mask):
+        if layer is None or not self._absorbs(hidden_states, layer.get_seq_length(), attention_mask):
             # stock's signature is written through a decorator that mypy can't see through
             stock: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs
@@ -47,16 +50,24 @@ class LatentAttention(DeepseekV3Attention):  # type: ignore[misc]
         latent, rope = cache.update(latent, rope, self.layer_idx)  # type: ignore[union-attr]
         return self._absorbed(free, query_rope, latent, rope, attention_mask), None
 
-    def _absorbs(self, queries: int, tokens: int, mask: Tensor | None) -> bool:
-        """Whether absorbing is possible, and fewer multiplications than expanding every token.
+    def _absorbs(self, x: Tensor, held: int, mask: Tensor | None) -> bool:
+        """Whether tokens `x` (B, S, E) after `held` others can run absorbed, and are cheaper so."""
+        if self.training or self.config._attn_implementation != "sdpa" or not _is_plain(self.kv_b_proj):
+            return False
+        if torch.is_autocast_enabled(x.device.type):  # queries and rows may differ in dtype
+            return False
+        if mask is None and x.shape[1] > 1:  # causal by a flag, and as many keys as queries
+            return False
+        if mask is not None and (mask.dim() != 4 or mask.shape[1] != 1):  # not one mask for all heads
+            return False
+        return self._is_cheaper(x.shape[1], held + x.shape[1])
+
+    def _is_cheaper(self, queries: int, tokens: int) -> bool:
+        """Whether absorbing takes fewer multiplications than expanding every token.
 
         Both forms are linear in S and T: taking one query into the latent space and back costs as much as
         expanding one token, and a latent score and sum cost 2L - N - V more than expanded ones.
         """
-        if self.training or self.config._attn_implementation != "sdpa" or not _is_plain(self.kv_b_proj):
-            return False
-        if queries > 1 and mask is None:  # causal by a flag, and as many keys as queries
-            return False
         rank, expanded = int(self.kv_lora_rank), int(self.qk_nope_head_dim + self.v_head_dim)
         once = rank * expanded
         return queries * (once + tokens * (2 * rank - expanded)) < tokens * once
@@ -110,8 +121,12 @@ class RoundedNorm(DeepseekV3RMSNorm):  # type: ignore[misc]
 def run_absorbed(model: nn.Module) -> int:
     """Let a model's stock MLA layers run absorbed, in place; return how many.
 
-    Only classes change: parameters, their names, hooks and what `save_pretrained` writes stay.
+    Only classes change: parameters, their names, hooks and what `save_pretrained` writes stay. None where this
+    transformers caches expanded keys.
     """
+    if not hasattr(DeepseekV3Attention, "expand_kv"):
+        _LOG.warning("transformers %s caches expanded keys: MLA runs as stock does", transformers.__version__)
+        return 0
     layers = [module for module in model.modules() if type(module) is DeepseekV3Attention]
     for layer in layers:
         layer.__class__ = LatentAttention
