@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reattend.convert.mla.causal import causal_attention
 from reattend.convert.mla.rope import Rotary, angles, rotate_halves, rotate_pairs
 
 
@@ -140,15 +141,6 @@ class LatentAttention:
         k = torch.cat([k_free, rope_BTR[:, None].expand(-1, len(self.key_HNL), -1, -1)], -1)
         v = torch.einsum("btl,hvl->bhtv", latent_BTL, self.value_HVL)
         return _output(causal_attention(q, k, v, self.scale), self.output_EHV, self.output_bias_E)
-
-
-def causal_attention(q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float) -> Tensor:
-    """Return softmax(scale q k^T) v under a causal mask, (B, H, T, V)."""
-    pad = q_BHTQ.shape[-1] - v_BHTV.shape[-1]
-    # Kernels that never build the (T, T) matrix want equal widths.
-    wide = torch.nn.functional.pad(v_BHTV, (0, pad)) if pad > 0 else v_BHTV
-    mixed = torch.nn.functional.scaled_dot_product_attention(q_BHTQ, k_BHTQ, wide, is_causal=True, scale=scale)
-    return mixed[..., : v_BHTV.shape[-1]]
 
 
 def _output(mixed_BHTV: Tensor, output_EHV: Tensor, bias_E: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from test_mla_closed_form import moments_of, rope_of
 from test_mla_exact import random_source
 
 from reattend.convert.mla.attention import compose, output_error
+from reattend.convert.mla.causal import causal_attention
 from reattend.convert.mla.closed_form import Choice, convert_layer
 from reattend.convert.mla.refit import Schedule, balance_latent, refit
 from reattend.convert.mla.rope import Rotary, default_frequencies
@@ -76,3 +77,20 @@ def test_the_rate_rises_then_falls_to_zero():
     assert rates[:4] == sorted(rates[:4])
     assert rates[3:] == sorted(rates[3:], reverse=True)
     assert rates[10] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("tokens", [5, 128, 300])
+def test_the_attention_of_the_refit_and_its_gradient_are_those_of_torch(tokens):
+    torch.manual_seed(tokens)
+    shapes = ((2, 3, tokens, 12), (2, 3, tokens, 12), (2, 3, tokens, 8))
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    read = torch.randn(2, 3, tokens, 8, dtype=torch.float64)
+    ours = causal_attention(q, k, v, 0.3)
+    later = torch.full((tokens, tokens), -torch.inf, dtype=torch.float64).triu(1)
+    plain = (q @ k.mT * 0.3 + later).softmax(-1) @ v
+    with torch.no_grad():
+        torch.testing.assert_close(causal_attention(q, k, v, 0.3), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    want = torch.autograd.grad((plain * read).sum(), (q, k, v))
+    for found, wanted in zip(torch.autograd.grad((ours * read).sum(), (q, k, v)), want, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
