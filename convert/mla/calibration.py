@@ -19,6 +19,7 @@ from reattend.convert.mla.refit import Schedule, refit
 from reattend.convert.mla.rotation import Components, rotate_heads
 from reattend.convert.mla.selection import RopePart, assign_slots, common_list, drop_cost, slot_gain
 from reattend.convert.mla.statistics import LayerMoments, MomentAccumulator, TokenMoments, mean_phase
+from reattend.errors import Failure
 
 _PARTS = ("plain", "attended")
 
@@ -87,7 +88,6 @@ class Conversion:
     latent_rank: int
     centred: bool
     schedule: Schedule | None
-    batch_windows: int
 
 
 def convert(
@@ -110,7 +110,10 @@ def convert(
     best = converted(choice)
     errors = {"closed_form": closed}
     if how.schedule is not None:
-        best, errors["refit"] = _fitted(best, closed, seen, how)
+        try:
+            best, errors["refit"] = _fitted(best, closed, seen, how)
+        except FloatingPointError as error:
+            raise Failure(f"mla: layer {layer.index}: {error}") from error
     return best, errors
 
 
@@ -118,15 +121,8 @@ def _fitted(
     closed: LatentAttention, error: float, seen: dict[str, tuple[Tensor, Tensor]], how: Conversion
 ) -> tuple[LatentAttention, float]:
     """Refit a layer; keep the closed form where the fit is no better on the selection text."""
-    x_BTE, y_BTE = seen["calibration"]
-    size = how.batch_windows
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        index = torch.arange(step * size, (step + 1) * size) % len(x_BTE)
-        return x_BTE[index], y_BTE[index]
-
     assert how.schedule is not None
-    fitted, _ = refit(closed, batch, how.schedule)
+    fitted, _ = refit(closed, *seen["calibration"], how.schedule)
     after = _error(fitted, *seen["selection"])
     return (fitted, after) if after < error else (closed, error)
 

@@ -152,6 +152,22 @@ def test_what_the_format_cannot_hold_is_refused_by_name(models, tmp_path, family
         recipe(**settings).steps[0].check(source_of(open_checkpoint(folder)))
 
 
+def test_auto_is_the_largest_multiple_of_16_within_the_budget(tmp_path):
+    source = write_source("llama", tmp_path / "in")  # 2 x 2 heads x 8 = 32 numbers per token and layer
+    planned = reattend.plan(recipe(latent_rank="auto", cache_budget=0.8, rope_dim=8), source)  # 25 - 8 = 17
+    assert planned.summary()["cache_bytes_per_token_after"] == LAYERS * (16 + 8) * 4
+    assert planned.result.config["kv_lora_rank"] == 16
+    assert any("latent_rank is 16" in remark for remark in planned.remarks)
+    with pytest.raises(Refusal, match=r"cache_budget: 0\.5 leaves no 16"):
+        reattend.plan(recipe(latent_rank="auto", cache_budget=0.5, rope_dim=8), source)
+
+
+@pytest.mark.parametrize("settings", [{"latent_rank": "auto"}, {"latent_rank": 16, "cache_budget": 0.5}])
+def test_auto_and_its_budget_need_each_other(settings):
+    with pytest.raises(ValueError, match="need each other"):
+        Mla(**settings)
+
+
 class Stopped(Exception):
     pass
 
