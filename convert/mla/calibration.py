@@ -30,7 +30,7 @@ def gather_moments(layer: LayerPass, geometry: Geometry, tokens: int) -> dict[st
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Hook:
-        return lambda module, args, kwargs, output: seen.__setitem__(name, output[0].cpu())
+        return lambda module, args, kwargs, output: seen.__setitem__(name, output[0].cpu().float())
 
     def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if layer.text == "calibration":
@@ -133,13 +133,13 @@ def _error(layer: LatentAttention, x_BTE: Tensor, y_BTE: Tensor) -> float:
 
 
 def _watch_attention(layer: LayerPass) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run a layer; return its attention's inputs and outputs (windows, tokens, hidden) by text, on the CPU."""
+    """Run a layer; return its attention's inputs and outputs (windows, tokens, hidden) by text: fp32, on the CPU."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in layer.hidden}
     outputs: dict[str, list[Tensor]] = {name: [] for name in layer.hidden}
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        inputs[layer.text].append((args[0] if args else kwargs["hidden_states"]).cpu())
-        outputs[layer.text].append((output[0] if isinstance(output, tuple) else output).cpu())
+        inputs[layer.text].append((args[0] if args else kwargs["hidden_states"]).cpu().float())
+        outputs[layer.text].append((output[0] if isinstance(output, tuple) else output).cpu().float())
 
     layer.run([("self_attn", watch)])
     return {name: (torch.cat(inputs[name]), torch.cat(outputs[name])) for name in inputs}

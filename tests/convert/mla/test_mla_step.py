@@ -9,7 +9,11 @@ import transformers
 
 import reattend
 from reattend import demo
+from reattend.calibration.layerwise import layer_passes
 from reattend.checkpoint.index import open_checkpoint
+from reattend.convert.mla.calibration import Conversion, convert, gather_moments, read_moments, slots_of_all
+from reattend.convert.mla.geometry import read_geometry
+from reattend.convert.mla.refit import Schedule
 from reattend.convert.mla.transform import Mla
 from reattend.errors import Refusal
 from reattend.families.source import source_of
@@ -150,6 +154,24 @@ def test_what_the_format_cannot_hold_is_refused_by_name(models, tmp_path, family
     folder = write_source(family, tmp_path / "in", **changes) if supported else models(family)
     with pytest.raises(Refusal, match=message):
         recipe(**settings).steps[0].check(source_of(open_checkpoint(folder)))
+
+
+def test_a_model_that_runs_in_16_bit_is_calibrated_in_32(tmp_path):
+    """Models run in their own dtype where the device is no CPU."""
+    folder = write_source("llama", tmp_path / "in")
+    source = source_of(open_checkpoint(folder))
+    geometry = read_geometry(source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    torch.manual_seed(0)
+    texts = {name: torch.randint(0, 2048, (2, 48)) for name in ("calibration", "selection")}
+    moments = [
+        read_moments(gather_moments(layer, geometry, 48)) for layer in layer_passes(model, source.family, texts)
+    ]
+    pair_S, kept_YS = slots_of_all(moments, geometry, 4, None)
+    how = Conversion(geometry, 16, True, Schedule(steps=2))
+    for layer in layer_passes(model, source.family, texts):
+        _, errors = convert(layer, moments[layer.index], pair_S, kept_YS[layer.index], how)
+        assert 0 < errors["refit"] <= errors["closed_form"] < 0.5
 
 
 def test_auto_is_the_largest_multiple_of_16_within_the_budget(tmp_path):
