@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reattend.convert.mla.causal import causal_attention
 from reattend.convert.mla.rope import Rotary, angles, rotate_halves, rotate_pairs
 
 
@@ -126,7 +127,11 @@ class LatentAttention:
         return replace(self, **changed)
 
     def attend(self, x_BTE: Tensor) -> Tensor:
-        """Return the causal attention output (B, T, E) for positions from 0, keys and values expanded."""
+        """Return the causal attention output (B, T, E) for positions from 0."""
+        return _output(self.mix(x_BTE), self.output_EHV, self.output_bias_E)
+
+    def mix(self, x_BTE: Tensor) -> Tensor:
+        """Return the mixed values that the output projection reads (B, H, T, V), keys and values expanded."""
         tokens, rank = x_BTE.shape[1], self.latent_rank
         q = torch.einsum("bte,hqe->bhtq", x_BTE, self.query_HQE)
         q = q if self.query_bias_HQ is None else q + self.query_bias_HQ[:, None]
@@ -139,16 +144,7 @@ class LatentAttention:
         k_free = torch.einsum("btl,hnl->bhtn", latent_BTL, self.key_HNL)
         k = torch.cat([k_free, rope_BTR[:, None].expand(-1, len(self.key_HNL), -1, -1)], -1)
         v = torch.einsum("btl,hvl->bhtv", latent_BTL, self.value_HVL)
-        return _output(causal_attention(q, k, v, self.scale), self.output_EHV, self.output_bias_E)
-
-
-def causal_attention(q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float) -> Tensor:
-    """Return softmax(scale q k^T) v under a causal mask, (B, H, T, V)."""
-    pad = q_BHTQ.shape[-1] - v_BHTV.shape[-1]
-    # Kernels that never build the (T, T) matrix want equal widths.
-    wide = torch.nn.functional.pad(v_BHTV, (0, pad)) if pad > 0 else v_BHTV
-    mixed = torch.nn.functional.scaled_dot_product_attention(q_BHTQ, k_BHTQ, wide, is_causal=True, scale=scale)
-    return mixed[..., : v_BHTV.shape[-1]]
+        return causal_attention(q, k, v, self.scale)
 
 
 def _output(mixed_BHTV: Tensor, output_EHV: Tensor, bias_E: Tensor | None) -> Tensor:
@@ -200,5 +196,10 @@ def output_error(ours_BTE: Tensor, source_BTE: Tensor, floor: float = 0.1) -> Te
 
     Per token, because the first token's massive activation would otherwise be all of it.
     """
+    return ((ours_BTE - source_BTE).pow(2).sum(-1) * token_weight(source_BTE, floor)).mean()
+
+
+def token_weight(source_BTE: Tensor, floor: float = 0.1) -> Tensor:
+    """Return the weight of a token's square error in `output_error`, (B, T)."""
     size_BT = source_BTE.pow(2).sum(-1)
-    return ((ours_BTE - source_BTE).pow(2).sum(-1) / (size_BT + floor * size_BT.median())).mean()
+    return 1 / (size_BT + floor * size_BT.median())

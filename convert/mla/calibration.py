@@ -19,6 +19,7 @@ from reattend.convert.mla.refit import Schedule, refit
 from reattend.convert.mla.rotation import Components, rotate_heads
 from reattend.convert.mla.selection import RopePart, assign_slots, common_list, drop_cost, slot_gain
 from reattend.convert.mla.statistics import LayerMoments, MomentAccumulator, TokenMoments, mean_phase
+from reattend.errors import Failure
 
 _PARTS = ("plain", "attended")
 
@@ -29,7 +30,7 @@ def gather_moments(layer: LayerPass, geometry: Geometry, tokens: int) -> dict[st
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Hook:
-        return lambda module, args, kwargs, output: seen.__setitem__(name, output[0].cpu())
+        return lambda module, args, kwargs, output: seen.__setitem__(name, output[0].cpu().float())
 
     def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if layer.text == "calibration":
@@ -87,7 +88,6 @@ class Conversion:
     latent_rank: int
     centred: bool
     schedule: Schedule | None
-    batch_windows: int
 
 
 def convert(
@@ -110,7 +110,10 @@ def convert(
     best = converted(choice)
     errors = {"closed_form": closed}
     if how.schedule is not None:
-        best, errors["refit"] = _fitted(best, closed, seen, how)
+        try:
+            best, errors["refit"] = _fitted(best, closed, seen, how)
+        except FloatingPointError as error:
+            raise Failure(f"mla: layer {layer.index}: {error}") from error
     return best, errors
 
 
@@ -118,15 +121,8 @@ def _fitted(
     closed: LatentAttention, error: float, seen: dict[str, tuple[Tensor, Tensor]], how: Conversion
 ) -> tuple[LatentAttention, float]:
     """Refit a layer; keep the closed form where the fit is no better on the selection text."""
-    x_BTE, y_BTE = seen["calibration"]
-    size = how.batch_windows
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        index = torch.arange(step * size, (step + 1) * size) % len(x_BTE)
-        return x_BTE[index], y_BTE[index]
-
     assert how.schedule is not None
-    fitted, _ = refit(closed, batch, how.schedule)
+    fitted, _ = refit(closed, *seen["calibration"], how.schedule)
     after = _error(fitted, *seen["selection"])
     return (fitted, after) if after < error else (closed, error)
 
@@ -137,13 +133,13 @@ def _error(layer: LatentAttention, x_BTE: Tensor, y_BTE: Tensor) -> float:
 
 
 def _watch_attention(layer: LayerPass) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run a layer; return its attention's inputs and outputs (windows, tokens, hidden) by text, on the CPU."""
+    """Run a layer; return its attention's inputs and outputs (windows, tokens, hidden) by text: fp32, on the CPU."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in layer.hidden}
     outputs: dict[str, list[Tensor]] = {name: [] for name in layer.hidden}
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        inputs[layer.text].append((args[0] if args else kwargs["hidden_states"]).cpu())
-        outputs[layer.text].append((output[0] if isinstance(output, tuple) else output).cpu())
+        inputs[layer.text].append((args[0] if args else kwargs["hidden_states"]).cpu().float())
+        outputs[layer.text].append((output[0] if isinstance(output, tuple) else output).cpu().float())
 
     layer.run([("self_attn", watch)])
     return {name: (torch.cat(inputs[name]), torch.cat(outputs[name])) for name in inputs}

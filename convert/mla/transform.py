@@ -1,10 +1,10 @@
 """The step `mla`: GQA to multi-head latent attention, written as stock `DeepseekV3ForCausalLM` reads it."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from reattend.calibration.layerwise import LayerPass
@@ -35,6 +35,8 @@ from reattend.transform import Group, Passes, Statistics
 _FLOATS = ("F16", "F32", "BF16", "F64")
 _READ = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 _BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")
+# `latent_rank: auto` is a multiple of this.
+_RANK_STEP = 16
 # What no weights of deepseek_v3 can express, by the feature that a family's row names.
 _FEATURES = {
     "qk_norm": "normalises queries and keys after their projections, which the native format can't hold",
@@ -51,13 +53,22 @@ class Mla(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: Literal["mla"] = "mla"
-    latent_rank: int = Field(512, ge=1, description="latent numbers per token (kernels know 512)")
+    latent_rank: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        512, description="latent numbers per token (kernels know 512), or auto: what cache_budget allows"
+    )
+    cache_budget: float | None = Field(None, gt=0, le=1, description="with auto: most of the source's cache to keep")
     rope_dim: int = Field(64, ge=2, multiple_of=2, description="rotary numbers per token (kernels know 64)")
     target: Literal["transformers", "vllm"] = Field("transformers", description="whose deepseek_v3 must hold it")
     refit: bool = Field(True, description="fit each layer to the source's attention output after the closed form")
-    refit_steps: int = Field(40, ge=1, description="steps per layer")
-    refit_rate: float = Field(1.5e-4, gt=0, description="Adam's rate, falling to 0 as a cosine")
+    refit_steps: int = Field(24, ge=1, description="steps per layer")
+    refit_rate: float = Field(3e-3, gt=0, description="relative change of a matrix per step, falling as a cosine")
     refit_windows: int = Field(2, ge=1, description="calibration windows per step")
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> "Mla":
+        if (self.latent_rank == "auto") != (self.cache_budget is not None):
+            raise ValueError("latent_rank: auto and cache_budget need each other")
+        return self
 
     @property
     def tolerance(self) -> float:
@@ -108,9 +119,19 @@ class Mla(BaseModel):
         width = geometry.kv_heads * geometry.head_dim
         if self.rope_dim > width:
             raise Refusal(f"mla: rope_dim: {self.rope_dim} is more than the {width} numbers that the keys have")
-        if self.latent_rank > 2 * width - self.rope_dim:
-            most = 2 * width - self.rope_dim
-            raise Refusal(f"mla: latent_rank: {self.latent_rank} is more than {most}: the cache would not shrink")
+        rank, most = self._rank(geometry), 2 * width - self.rope_dim
+        if rank < 1:
+            raise Refusal(f"mla: cache_budget: {self.cache_budget} leaves no {_RANK_STEP} numbers beside rope_dim")
+        if rank > most:
+            raise Refusal(f"mla: latent_rank: {rank} is more than {most}: the cache would not shrink")
+
+    def _rank(self, geometry: Geometry) -> int:
+        """Return latent_rank; auto is the largest multiple of 16 within the budget."""
+        if isinstance(self.latent_rank, int):
+            return self.latent_rank
+        assert self.cache_budget is not None
+        numbers = int(self.cache_budget * 2 * geometry.kv_heads * geometry.head_dim)
+        return (numbers - self.rope_dim) // _RANK_STEP * _RANK_STEP
 
     def _check_vllm(self, source: Source, geometry: Geometry) -> None:
         if any(attention_name(source, 0, name) in source.tensors for name in _BIASES):
@@ -126,8 +147,10 @@ class Mla(BaseModel):
 
     def _remarks(self, source: Source, geometry: Geometry) -> list[str]:
         before = 2 * geometry.kv_heads * geometry.head_dim
-        after = self.latent_rank + self.rope_dim
+        after = self._rank(geometry) + self.rope_dim
         remarks = [f"the cache holds {after} numbers per token and layer, before {before}"]
+        if self.latent_rank == "auto":
+            remarks.append(f"latent_rank is {self._rank(geometry)}, from sizes alone: its cost shows after the run")
         if self.target == "vllm" and source.tied:
             remarks.append("the output embedding is untied, as vLLM needs it")
         return [*remarks, "per-tensor fp8 scales would flush the latent rows: quantise them per row"]
@@ -143,8 +166,8 @@ class Mla(BaseModel):
         every = (read_moments(statistics[f"moments-{i}"]) for i in layers)
         pair_S, kept_YS = slots_of_all(every, geometry, self.rope_dim // 2, self._fixed(geometry))
         statistics["model"] = {"pairs": pair_S}
-        schedule = Schedule(self.refit_steps, self.refit_rate) if self.refit else None
-        how = Conversion(geometry, self.latent_rank, self._biased, schedule, self.refit_windows)
+        schedule = Schedule(self.refit_steps, self.refit_rate, windows=self.refit_windows) if self.refit else None
+        how = Conversion(geometry, self._rank(geometry), self._biased, schedule)
         for layer in passes():
             i = layer.index
             if str(i) not in statistics:
@@ -172,7 +195,8 @@ class Mla(BaseModel):
 
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield one group per layer's attention, and the embedding where the head has to be untied."""
-        shapes = native_specs(read_geometry(source), self.rope_dim, self.latent_rank, biased=self._biased)
+        geometry = read_geometry(source)
+        shapes = native_specs(geometry, self.rope_dim, self._rank(geometry), biased=self._biased)
         for layer in range(source.num_layers):
             every = (attention_name(source, layer, name) for name in (*_READ, *_BIASES))
             reads = tuple(name for name in every if name in source.tensors)
@@ -210,10 +234,10 @@ class Mla(BaseModel):
 
     def _shape(self, geometry: Geometry) -> LatentAttention:
         """A layer without numbers, for its sizes."""
-        heads, head_dim, hidden = geometry.heads, geometry.head_dim, geometry.hidden
+        heads, head_dim, hidden, rank = geometry.heads, geometry.head_dim, geometry.hidden, self._rank(geometry)
         sizes = (
-            (heads, head_dim + self.rope_dim, hidden), (self.latent_rank + self.rope_dim, hidden),
-            (heads, head_dim, self.latent_rank), (heads, head_dim, self.latent_rank), (hidden, heads, head_dim),
+            (heads, head_dim + self.rope_dim, hidden), (rank + self.rope_dim, hidden),
+            (heads, head_dim, rank), (heads, head_dim, rank), (hidden, heads, head_dim),
         )  # fmt: skip
         query, down, key, value, output = (torch.empty(size, device="meta") for size in sizes)
         return LatentAttention(query, down, key, value, output, geometry.rotary, geometry.scale)

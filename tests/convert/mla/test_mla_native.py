@@ -11,7 +11,9 @@ from reattend.convert.mla.attention import compose, read_source
 from reattend.convert.mla.closed_form import Choice, convert_layer
 from reattend.convert.mla.exact import rotated_cache, same_cache
 from reattend.convert.mla.native import (
+    FP16_ERROR,
     TARGETS,
+    WIDE_RANGE_ERROR,
     latent_bound,
     native_config,
     native_layer,
@@ -177,6 +179,46 @@ def test_the_norm_matters_and_is_neutralised_to_the_error_asked_for():
     ]
     assert errors[0] < 1e-5
     assert errors[0] < errors[1] < 1e-3 < errors[2]
+
+
+def relative(found, want):
+    return float((found.double() - want).norm() / want.norm())
+
+
+def test_in_fp16_the_latents_must_be_larger_than_in_wider_types():
+    model = source_model("llama", torch.float64)
+    converted = compressed(model, 7, 11)
+    want = run_directly(model, converted)
+    kept, lost = (
+        relative(logits(native(model, converted, torch.float16, relative_error=error)), want)
+        for error in (FP16_ERROR, WIDE_RANGE_ERROR)
+    )
+    assert kept < 0.1
+    assert lost > 3 * kept
+
+
+def test_an_engine_with_another_eps_needs_its_own_checkpoint():
+    model = source_model("llama", torch.float64, rms_norm_eps=1e-5)
+    converted = compressed(model, 5, 20, centred=False, published=True)
+    want = run_directly(model, converted)
+    stock = native(model, converted, torch.float64, target="vllm")
+    assert relative(logits(stock), want) > 0.1  # transformers fixes 1e-6 there
+    for layer in stock.model.layers:
+        layer.self_attn.kv_a_layernorm.variance_epsilon = 1e-5  # as vLLM has it
+    assert relative(logits(stock), want) < 1e-4
+
+
+def test_fp8_with_one_scale_per_tensor_loses_the_latents_and_per_row_does_not():
+    model = source_model("llama", torch.float32)
+    stock = native(model, compressed(model, 7, 11), torch.float32, relative_error=WIDE_RANGE_ERROR)
+    weight_CE = stock.model.layers[0].self_attn.kv_a_proj_with_mqa.weight.detach()
+    fp8, latent_LE = torch.float8_e4m3fn, weight_CE[:11]
+    errors = {}
+    for name, largest in (("tensor", weight_CE.abs().max()), ("row", weight_CE.abs().amax(1, keepdim=True))):
+        scale = largest / torch.finfo(fp8).max
+        errors[name] = relative(((weight_CE / scale).to(fp8).double() * scale)[:11], latent_LE.double())
+    assert errors["tensor"] > 0.5
+    assert errors["row"] < 0.05
 
 
 def test_cache_holds_rank_plus_rope_and_generation_pads_left(tmp_path):

@@ -9,7 +9,11 @@ import transformers
 
 import reattend
 from reattend import demo
+from reattend.calibration.layerwise import layer_passes
 from reattend.checkpoint.index import open_checkpoint
+from reattend.convert.mla.calibration import Conversion, convert, gather_moments, read_moments, slots_of_all
+from reattend.convert.mla.geometry import read_geometry
+from reattend.convert.mla.refit import Schedule
 from reattend.convert.mla.transform import Mla
 from reattend.errors import Refusal
 from reattend.families.source import source_of
@@ -150,6 +154,40 @@ def test_what_the_format_cannot_hold_is_refused_by_name(models, tmp_path, family
     folder = write_source(family, tmp_path / "in", **changes) if supported else models(family)
     with pytest.raises(Refusal, match=message):
         recipe(**settings).steps[0].check(source_of(open_checkpoint(folder)))
+
+
+def test_a_model_that_runs_in_16_bit_is_calibrated_in_32(tmp_path):
+    """Models run in their own dtype where the device is no CPU."""
+    folder = write_source("llama", tmp_path / "in")
+    source = source_of(open_checkpoint(folder))
+    geometry = read_geometry(source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    torch.manual_seed(0)
+    texts = {name: torch.randint(0, 2048, (2, 48)) for name in ("calibration", "selection")}
+    moments = [
+        read_moments(gather_moments(layer, geometry, 48)) for layer in layer_passes(model, source.family, texts)
+    ]
+    pair_S, kept_YS = slots_of_all(moments, geometry, 4, None)
+    how = Conversion(geometry, 16, True, Schedule(steps=2))
+    for layer in layer_passes(model, source.family, texts):
+        _, errors = convert(layer, moments[layer.index], pair_S, kept_YS[layer.index], how)
+        assert 0 < errors["refit"] <= errors["closed_form"] < 0.5
+
+
+def test_auto_is_the_largest_multiple_of_16_within_the_budget(tmp_path):
+    source = write_source("llama", tmp_path / "in")  # 2 x 2 heads x 8 = 32 numbers per token and layer
+    planned = reattend.plan(recipe(latent_rank="auto", cache_budget=0.8, rope_dim=8), source)  # 25 - 8 = 17
+    assert planned.summary()["cache_bytes_per_token_after"] == LAYERS * (16 + 8) * 4
+    assert planned.result.config["kv_lora_rank"] == 16
+    assert any("latent_rank is 16" in remark for remark in planned.remarks)
+    with pytest.raises(Refusal, match=r"cache_budget: 0\.5 leaves no 16"):
+        reattend.plan(recipe(latent_rank="auto", cache_budget=0.5, rope_dim=8), source)
+
+
+@pytest.mark.parametrize("settings", [{"latent_rank": "auto"}, {"latent_rank": 16, "cache_budget": 0.5}])
+def test_auto_and_its_budget_need_each_other(settings):
+    with pytest.raises(ValueError, match="need each other"):
+        Mla(**settings)
 
 
 class Stopped(Exception):
