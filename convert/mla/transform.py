@@ -1,5 +1,6 @@
 """The step `mla`: GQA to multi-head latent attention, written as stock `DeepseekV3ForCausalLM` reads it."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -192,6 +193,14 @@ class Mla(BaseModel):
             attention, norm_E, eps, biased=self._biased, query_latent=geometry.query_bias,
             relative_error=FP16_ERROR if narrow else WIDE_RANGE_ERROR,
         )  # fmt: skip
+
+    def statistics_bytes(self, source: Source) -> int:
+        """Moments, and the converted attention, in 64 bit."""
+        geometry = read_geometry(source)
+        width = 2 * geometry.kv_heads * geometry.head_dim
+        moments = 2 * (width + 1) * width + geometry.heads * geometry.head_dim**2 + geometry.max_positions
+        native = native_specs(geometry, self.rope_dim, self._rank(geometry), biased=self._biased).values()
+        return 8 * source.num_layers * (moments + sum(math.prod(shape) for shape in native))
 
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield one group per layer's attention, and the embedding where the head has to be untied."""

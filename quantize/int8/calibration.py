@@ -55,7 +55,9 @@ def learn_layer(layer: LayerPass, source: Source, wanted: Learned) -> dict[str, 
             found |= _compensated(layer, source, shared, watch, found)
     for number, (shared, watch) in enumerate(zip(inputs, watches, strict=True)):
         if wanted.static:
-            found |= _static(layer, shared, watch, number)
+            found |= _static(layer, source, shared, watch) | {
+                f"{name}.input": torch.tensor(number) for name in shared.linears
+            }
     return {name: value.cpu() for name, value in found.items()}
 
 
@@ -122,12 +124,17 @@ def _smoothed(layer: LayerPass, source: Source, shared: _Input, watch: _Watch) -
     fit, choose = (watch.finite_rows(text, shared.linears[0]) for text in ("calibration", "selection"))
     s_R, before, after = best_factors(fit, choose, weights, watch.absmax, owner_I)
     producer = layer.module.get_parameter(f"{shared.feed.producer}.weight").detach()
-    spec = source.tensors[f"{source.layer_prefix(layer.index)}{shared.feed.producer}.weight"]
-    factors = s_R if producer.dim() > 1 else _held(producer.float(), s_R, TORCH_DTYPES[spec.dtype])
+    held = _dtype(layer, source, shared.feed.producer)
+    factors = s_R if producer.dim() > 1 else _held(producer.float(), s_R, held)
     return {
         f"{shared.feed.producer}.factors": factors,
         f"{shared.feed.producer}.error": torch.tensor([before, after]),
     }
+
+
+def _dtype(layer: LayerPass, source: Source, module: str) -> torch.dtype:
+    """The dtype in which the checkpoint holds a module's weight; the model may be loaded in another."""
+    return TORCH_DTYPES[source.tensors[f"{source.layer_prefix(layer.index)}{module}.weight"].dtype]
 
 
 def _held(norm_R: Tensor, s_R: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,18 +158,19 @@ def _compensated(
     for name in shared.linears:
         weight = layer.module.get_parameter(f"{name}.weight").detach()
         moved = migrate(f"{name}.weight", weight, found, source)
-        spec = source.tensors[f"{source.layer_prefix(layer.index)}{name}.weight"]
-        _, scale = quantize_channels(moved.cpu(), TORCH_DTYPES[spec.dtype])
+        _, scale = quantize_channels(moved.cpu(), _dtype(layer, source, name))
         codes[f"{name}.codes"] = compensated_codes(moved, scale.to(moved.device), second)
         codes[f"{name}.scale"] = scale
     return codes
 
 
-def _static(layer: LayerPass, shared: _Input, watch: _Watch, number: int) -> dict[str, Tensor]:
-    """The columns of the input `number` that could stay in floating point, and the weights' slices."""
+def _static(layer: LayerPass, source: Source, shared: _Input, watch: _Watch) -> dict[str, Tensor]:
+    """The columns of one input that could stay in floating point, and their weights in the dtype of the source."""
     weights = {name: layer.module.get_parameter(f"{name}.weight").detach() for name in shared.linears}
     rows = watch.finite_rows("calibration", shared.linears[0])
     columns, curve = removal_order(ExpectedError(rows, list(weights.values())), MOST_COLUMNS)
-    found = {f"{name}.slice": weight[:, columns.to(weight.device)] for name, weight in weights.items()}
-    found |= {f"{name}.input": torch.tensor(number) for name in weights}
+    found = {
+        f"{name}.slice": weight[:, columns.to(weight.device)].to(_dtype(layer, source, name))
+        for name, weight in weights.items()
+    }
     return {f"{shared.linears[0]}.columns": columns, f"{shared.linears[0]}.curve": curve} | found

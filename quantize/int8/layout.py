@@ -77,6 +77,10 @@ class Int8Layout(BaseModel):
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
         """Nothing is measured."""
 
+    def statistics_bytes(self, source: Source) -> int:
+        """None."""
+        return 0
+
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield one group per int8 linear."""
         for module in int8_modules(source.tensors.values()):

@@ -11,7 +11,7 @@ from reattend.checkpoint.header import TensorSpec
 from reattend.checkpoint.index import OUTLIERS
 from reattend.errors import Refusal
 from reattend.families.source import Source
-from reattend.quantize.int8.calibration import Learned, learn_layer
+from reattend.quantize.int8.calibration import MOST_COLUMNS, Learned, learn_layer
 from reattend.quantize.int8.checks import (
     CALIBRATED,
     FLOATS,
@@ -122,6 +122,16 @@ class Int8(BaseModel):
         if self.format == "bitsandbytes":
             return "bitsandbytes"
         return "int-quantized" if self.activations == "int8" else "pack-quantized"
+
+    def statistics_bytes(self, source: Source) -> int:
+        """Codes and scales where they are compensated, all columns that static outliers are chosen from, factors."""
+        total = 0
+        for weight in (source.tensors[f"{module}.weight"] for module in self._modules(source)):
+            rows, columns = weight.shape
+            total += rows * (columns + 4) if self.rounding == "compensated" else 0
+            total += rows * min(MOST_COLUMNS, columns) * weight.nbytes // weight.numel if self.mode == "static" else 0
+            total += 4 * columns if self.mode == "smooth" else 0
+        return total
 
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield one group per linear layer, or, where calibration ties them together, per decoder layer."""

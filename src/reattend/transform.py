@@ -43,6 +43,9 @@ class Transform(Protocol):
         Entries are kept on disk, also across an interruption: what is there already need not be made again.
         """
 
+    def statistics_bytes(self, source: Source) -> int:
+        """Return what the statistics take on the disk while the step runs, in bytes, at most."""
+
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield the groups; tensors in none of them are kept as they are."""
 

@@ -119,10 +119,11 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that the output takes, sidecars included, and the intermediate model between two steps."""
+        """Bytes of the output, sidecars included, of a step's statistics and of the model between two steps."""
         sidecars = sum(self.checkpoint.sizes[f] for f in self.checkpoint.sidecars)
         sizes = [s.layout.nbytes + sum(map(len, s.layout.headers.values())) + sidecars for s in self.stages]
-        return max(here + before for here, before in zip(sizes, [0, *sizes], strict=False))
+        kept = [stage.transform.statistics_bytes(stage.source) for stage in self.stages]
+        return max(sum(bytes_) for bytes_ in zip(sizes, [0, *sizes], kept, strict=False))
 
     def summary(self) -> dict[str, Any]:
         """Return the plan as plain data, sizes in bytes."""
