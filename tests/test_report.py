@@ -30,6 +30,7 @@ REPORT = {
     "shards": {"model-00001-of-00002.safetensors": 1_500_000_000, "model-00002-of-00002.safetensors": 7},
     "steps": [{"step": "int8", "select": ["*.mlp.*", "*.self_attn.*"], "keep": []}],
     "changes": [NAME, "and 27 more"],
+    "error_per_layer": [0.01234567, 2, 0.5],
 }
 PLAIN = f"""\
 model                  [bold]org/demo[/bold]

@@ -224,12 +224,16 @@ class Int8(BaseModel):
         return config
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
-        """Return the W8A8 error of smoothed inputs, before and after, and the number of static columns, by layer."""
-        layers = sorted((name for name in statistics if name.isdigit()), key=int)
-        errors = {layer: _errors(statistics[layer]) for layer in layers}
-        found: dict[str, Any] = {"w8a8_error_before_and_after": errors} if any(errors.values()) else {}
-        if "columns" in statistics:
-            found["static_columns"] = {name: int(count) for name, count in statistics["columns"].items()}
+        """Return by layer the W8A8 error of smoothed inputs, before and after, and the number of static columns."""
+        found: dict[str, Any] = {}
+        for layer in sorted((name for name in statistics if name.isdigit()), key=int):
+            for name, pair in _errors(statistics[layer]).items():
+                both = found.setdefault("w8a8_error", {}).setdefault(name, {"before": [], "after": []})
+                both["before"].append(pair[0])
+                both["after"].append(pair[1])
+        counts = statistics.get("columns", {})
+        for name in sorted(counts, key=lambda name: int(name.partition(".")[0])):
+            found.setdefault("static_columns", {}).setdefault(name.partition(".")[2], []).append(int(counts[name]))
         return found
 
     def engines(self, source: Source) -> dict[str, str]:

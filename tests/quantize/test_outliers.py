@@ -133,6 +133,9 @@ def test_columns_stay_within_their_share(outputs):
     whole = load_file(outputs / "static" / "model.safetensors")
     quantised = sum(value.numel() for value in whole.values() if value.dtype == torch.int8)
     assert 0.03 * quantised < numbers <= 0.05 * quantised
+    counts = json.loads((outputs / "static" / "reattend.json").read_text())["findings"][0]["static_columns"]
+    assert len(counts["mlp.gate_proj"]) == 5
+    assert min(counts["mlp.gate_proj"]) >= 3
 
 
 def test_static_outliers_do_not_depend_on_the_batch(outputs):

@@ -157,9 +157,9 @@ def test_planted_outliers_are_smoothed_away(tmp_path):
     plain, smoothed = (reattend.verify(tmp_path / n, against=folder)["logits_error"] for n in ("plain", "smooth"))
     assert smoothed < 0.25 * plain
     findings = json.loads((tmp_path / "smooth" / "reattend.json").read_text())["findings"][0]
-    for layer in findings["w8a8_error_before_and_after"].values():
-        before, after = layer["post_attention_layernorm"]
-        assert after < 0.1 * before
+    errors = findings["w8a8_error"]["post_attention_layernorm"]
+    assert len(errors["before"]) == 5
+    assert all(after < 0.1 * before for before, after in zip(errors["before"], errors["after"], strict=True))
 
 
 def test_refusals(models):
