@@ -3,6 +3,7 @@
 Factors that smooth its inputs, codes that compensate for rounding, and columns that stay in floating point.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from reattend.quantize.int8.compensation import compensated_codes
 from reattend.quantize.int8.formulas import quantize_channels
 from reattend.quantize.int8.migration import migrate, owners
 from reattend.quantize.int8.outliers import removal_order
-from reattend.quantize.int8.smoothing import ExpectedError, best_factors
+from reattend.quantize.int8.smoothing import best_factors
 
 MOST_COLUMNS = 128  # of an input that may stay in floating point
 _FIT_ROWS, _CHOICE_ROWS = 4096, 2048  # tokens that the search looks at: enough to rank, bounded in memory
@@ -43,52 +44,63 @@ def learn_layer(layer: LayerPass, source: Source, wanted: Learned) -> dict[str, 
     `LINEAR.slice` (O, K) in the weight's dtype and `LINEAR.input`, a number that those with one input share.
     """
     prefix = source.layer_prefix(layer.index)
-    inputs = _inputs(source, {name.removeprefix(prefix) for name in wanted.quantised if name.startswith(prefix)})
-    watches = [_Watch(layer, wanted.compensate) for _ in inputs]
-    layer.run([(shared.linears[0], watch.hook) for shared, watch in zip(inputs, watches, strict=True)])
+    quantised = sorted(name.removeprefix(prefix) for name in wanted.quantised if name.startswith(prefix))
+    inputs = _Inputs(layer, moment=wanted.compensate)
+    layer.run([(name, inputs.hook) for name in quantised])
     found: dict[str, Tensor] = {}
-    for shared, watch in zip(inputs, watches, strict=True):
-        if wanted.smooth and shared.feed is not None:
-            found |= _smoothed(layer, source, shared, watch)
-    for shared, watch in zip(inputs, watches, strict=True):
+    for feed, shared in ((feed, inputs.of(feed.consumers)) for feed in source.family.feeds if wanted.smooth):
+        if shared is not None:
+            found |= _smoothed(layer, source, feed, shared)
+    for number, shared in enumerate(inputs):
         if wanted.compensate:
-            found |= _compensated(layer, source, shared, watch, found)
-    for number, (shared, watch) in enumerate(zip(inputs, watches, strict=True)):
+            found |= _compensated(layer, source, shared, found)
         if wanted.static:
-            found |= _static(layer, source, shared, watch) | {
-                f"{name}.input": torch.tensor(number) for name in shared.linears
-            }
+            found |= _static(layer, source, shared)
+            found |= {f"{name}.input": torch.tensor(number) for name in shared.linears}
     return {name: value.cpu() for name, value in found.items()}
 
 
-@dataclass(frozen=True)
-class _Input:
-    """An input, the quantised linears that take it, and the feed that it comes from, if it is one."""
+class _Inputs:
+    """The inputs of a layer's linears: those called one after the other with the very same tensor share one."""
 
-    linears: tuple[str, ...]
-    feed: Feed | None = None
+    def __init__(self, layer: LayerPass, *, moment: bool) -> None:
+        self._layer, self._moment = layer, moment
+        self._names = {id(module): name for name, module in layer.module.named_modules()}
+        self._watches: dict[str, _Watch] = {}  # by the linear that was called first
+        self._last: tuple[Tensor | None, str] = (None, "")
 
+    def hook(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        """Take in one window's input of one linear."""
+        name, x = self._names[id(module)], inputs[0]
+        if x is self._last[0]:
+            shared = self._watches[self._last[1]]
+            shared.linears += (name,) if name not in shared.linears else ()
+            return
+        self._last = (x, name)
+        watch = self._watches.setdefault(name, _Watch(self._layer, name, self._moment))
+        watch.take(x.reshape(-1, x.shape[-1]))
 
-def _inputs(source: Source, quantised: set[str]) -> list[_Input]:
-    """The inputs of a layer's quantised linears; a linear that belongs to no feed has one of its own."""
-    feeds = source.family.feeds
-    found = [_Input(tuple(n for n in feed.consumers if n in quantised), feed) for feed in feeds]
-    fed = {name for feed in feeds for name in feed.consumers}
-    return [shared for shared in found if shared.linears] + [_Input((name,)) for name in sorted(quantised - fed)]
+    def __iter__(self) -> Iterator["_Watch"]:
+        return iter(self._watches.values())
+
+    def of(self, linears: Iterable[str]) -> "_Watch | None":
+        """The input of the first of `linears` that was called."""
+        return next((watch for watch in self if set(linears) & set(watch.linears)), None)
 
 
 class _Watch:
     """One input: its channels' range, sampled rows of both texts and, where wanted, its second moment."""
 
-    def __init__(self, layer: LayerPass, moment: bool) -> None:
+    def __init__(self, layer: LayerPass, linear: str, moment: bool) -> None:
+        self.linears: tuple[str, ...] = (linear,)
         self._layer, self._moment = layer, moment
         self.absmax: Tensor | None = None
         self.second: Tensor | None = None
-        self._rows: dict[str, list[Tensor]] = {"calibration": [], "selection": []}
+        self._rows: dict[str, list[Tensor]] = {text: [] for text in layer.hidden}
+        self._seen = dict.fromkeys(layer.hidden, 0)
 
-    def hook(self, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    def take(self, x_NI: Tensor) -> None:
         """Take in one window of the text that runs."""
-        x_NI = inputs[0].reshape(-1, inputs[0].shape[-1])
         text = self._layer.text
         if text == "calibration":
             here = x_NI.abs().amax(0)
@@ -96,9 +108,9 @@ class _Watch:
             if self._moment:
                 self._add(x_NI.float())
         most = _FIT_ROWS if text == "calibration" else _CHOICE_ROWS
-        each = -(-most // len(self._layer.hidden[text]))
-        taken = torch.linspace(0, len(x_NI) - 1, min(each, len(x_NI)), device=x_NI.device).long()
-        self._rows[text].append(x_NI[taken])
+        rows = sampled(self._seen[text], len(self._layer.hidden[text]), len(x_NI), most)
+        self._rows[text].append(x_NI[rows.to(x_NI.device)])
+        self._seen[text] += 1
 
     def _add(self, x_NI: Tensor) -> None:
         """Add a window's second moment, its tokens relative to their energy: huge ones count as one each."""
@@ -107,28 +119,40 @@ class _Watch:
         here = (relative.T @ relative).double()
         self.second = here if self.second is None else self.second.add_(here)
 
-    def finite_rows(self, text: str, linear: str) -> Tensor:
-        """The rows sampled from a text. Raises `Failure` for NaN and inf, naming the `linear` that takes them."""
+    def finite_rows(self, text: str) -> Tensor:
+        """The rows sampled from a text. Raises `Failure` for NaN and inf, naming a linear that takes them."""
         rows = torch.cat(self._rows[text])
         if not bool(torch.isfinite(rows).all()):
-            raise Failure(f"layer {self._layer.index}, input of {linear}: activations hold NaN or inf")
+            raise Failure(f"layer {self._layer.index}, input of {self.linears[0]}: activations hold NaN or inf")
         return rows
 
 
-def _smoothed(layer: LayerPass, source: Source, shared: _Input, watch: _Watch) -> dict[str, Tensor]:
+def sampled(window: int, windows: int, tokens: int, most: int) -> Tensor:
+    """Return the rows of one of `windows` windows of `tokens` that are looked at: about `most` of all of them.
+
+    The middles of equal parts: a window's first token, on which attention rests, is one among the others. With more
+    windows than `most`, one row of every n-th.
+    """
+    stride = -(-windows // most)
+    if window % stride:
+        return torch.empty(0, dtype=torch.int64)
+    each = min(tokens, -(-most // windows))
+    return ((torch.arange(each) + 0.5) * tokens / each).long()
+
+
+def _smoothed(layer: LayerPass, source: Source, feed: Feed, shared: _Watch) -> dict[str, Tensor]:
     """The factors of one feed, as its producer can hold them."""
-    assert shared.feed is not None
-    assert watch.absmax is not None
+    assert shared.absmax is not None
     weights = [layer.module.get_parameter(f"{name}.weight").detach() for name in shared.linears]
-    owner_I = owners(shared.feed, source).to(watch.absmax.device)
-    fit, choose = (watch.finite_rows(text, shared.linears[0]) for text in ("calibration", "selection"))
-    s_R, before, after = best_factors(fit, choose, weights, watch.absmax, owner_I)
-    producer = layer.module.get_parameter(f"{shared.feed.producer}.weight").detach()
-    held = _dtype(layer, source, shared.feed.producer)
+    owner_I = owners(feed, source).to(shared.absmax.device)
+    fit, choose = (shared.finite_rows(text) for text in ("calibration", "selection"))
+    s_R, before, after = best_factors(fit, choose, weights, shared.absmax, owner_I)
+    producer = layer.module.get_parameter(f"{feed.producer}.weight").detach()
+    held = _dtype(layer, source, feed.producer)
     factors = s_R if producer.dim() > 1 else _held(producer.float(), s_R, held)
     return {
-        f"{shared.feed.producer}.factors": factors,
-        f"{shared.feed.producer}.error": torch.tensor([before, after]),
+        f"{feed.producer}.factors": factors,
+        f"{feed.producer}.error": torch.tensor([before, after]),
     }
 
 
@@ -143,18 +167,17 @@ def _held(norm_R: Tensor, s_R: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(torch.isfinite(exact) & (exact > 0), exact, torch.ones_like(exact))
 
 
-def _compensated(
-    layer: LayerPass, source: Source, shared: _Input, watch: _Watch, found: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _compensated(layer: LayerPass, source: Source, shared: _Watch, found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Codes and scales of the linears that take one input, smoothed by the factors that were `found`."""
-    assert watch.second is not None
-    if not bool(torch.isfinite(watch.second).all()):
+    second, shared.second = shared.second, None  # the largest thing here: gone when this input is done
+    assert second is not None
+    if not bool(torch.isfinite(second).all()):
         raise Failure(f"layer {layer.index}, input of {shared.linears[0]}: activations hold NaN or inf")
     codes: dict[str, Tensor] = {}
-    second = watch.second
-    if shared.feed is not None and f"{shared.feed.producer}.factors" in found:
-        s_I = found[f"{shared.feed.producer}.factors"][owners(shared.feed, source).to(second.device)].double()
-        second = second / torch.outer(s_I, s_I)
+    for feed in source.family.feeds:
+        if set(feed.consumers) & set(shared.linears) and f"{feed.producer}.factors" in found:
+            s_I = found[f"{feed.producer}.factors"][owners(feed, source).to(second.device)].double()
+            second = second / torch.outer(s_I, s_I)
     for name in shared.linears:
         weight = layer.module.get_parameter(f"{name}.weight").detach()
         moved = migrate(f"{name}.weight", weight, found, source)
@@ -164,11 +187,10 @@ def _compensated(
     return codes
 
 
-def _static(layer: LayerPass, source: Source, shared: _Input, watch: _Watch) -> dict[str, Tensor]:
+def _static(layer: LayerPass, source: Source, shared: _Watch) -> dict[str, Tensor]:
     """The columns of one input that could stay in floating point, and their weights in the dtype of the source."""
     weights = {name: layer.module.get_parameter(f"{name}.weight").detach() for name in shared.linears}
-    rows = watch.finite_rows("calibration", shared.linears[0])
-    columns, curve = removal_order(ExpectedError(rows, list(weights.values())), MOST_COLUMNS)
+    columns, curve = removal_order(shared.finite_rows("calibration"), list(weights.values()), MOST_COLUMNS)
     found = {
         f"{name}.slice": weight[:, columns.to(weight.device)].to(_dtype(layer, source, name))
         for name, weight in weights.items()

@@ -46,11 +46,10 @@ def _round_block(left: Tensor, codes: Tensor, scale_O: Tensor, factor: Tensor) -
 
 
 def _inverse_factor(moment_II: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the damped moment's inverse. A moment of zeros counts as the identity."""
+    """The upper Cholesky factor of the damped moment's inverse; changes the moment. Zeros count as the identity."""
     mean = moment_II.diagonal().mean()
-    damped_II = moment_II + torch.eye(len(moment_II), dtype=moment_II.dtype, device=moment_II.device) * torch.where(
-        mean > 0, damping * mean, torch.ones_like(mean)
-    )
-    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(damped_II))
-    factor_II: Tensor = torch.linalg.cholesky(inverse_II, upper=True)
+    moment_II.diagonal().add_(torch.where(mean > 0, damping * mean, torch.ones_like(mean)))
+    moment_II = torch.linalg.cholesky(moment_II)  # each of these is I x I: none is kept for longer than needed
+    moment_II = torch.cholesky_inverse(moment_II)
+    factor_II: Tensor = torch.linalg.cholesky(moment_II, upper=True)
     return factor_II

@@ -47,6 +47,8 @@ class Int8Layout(BaseModel):
             raise Refusal("int8_layout: the source has no int8 weight, though config.json declares them")
         if self.format == "bitsandbytes" and self._activations(source) == "none":
             raise Refusal("int8_layout: bitsandbytes always quantises activations: set activations: int8")
+        if self._activations(source) == "none" and (source.config.get("int8_outliers") or {}).get("mode") == "static":
+            raise Refusal("int8_layout: activations: static outlier columns belong to int8 activations")
         for module in int8_modules(source.tensors.values()):
             self._check_parts(module, source)
         return []
@@ -127,4 +129,5 @@ class Int8Layout(BaseModel):
 
     def engines(self, source: Source) -> dict[str, str]:
         """As the step `int8` says of its formats."""
-        return formats.engines(self._layout(source), split=False)
+        split = len(int8_modules(source.tensors.values())) < len(dict(source.linears()))
+        return formats.engines(self._layout(source), split=split)

@@ -63,7 +63,7 @@ def _simulate(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Linear:
+class WeighedLinear:
     """A linear's part in the expected error."""
 
     weight_N: Tensor  # of each token
@@ -83,7 +83,7 @@ class ExpectedError:
         x_NI = x_NI.float()
         quiet = _QUIET * x_NI.abs().amax(1, keepdim=True)
         self._log_x_NI = x_NI.abs().clamp_min(quiet).clamp_min(torch.finfo(torch.float32).tiny).log2()
-        self._linears = [_linear(x_NI, weight.float()) for weight in weights_OI]
+        self._linears = [weigh_linear(x_NI, weight.float()) for weight in weights_OI]
 
     def loudest(self, log_s_I: Tensor) -> Tensor:
         """Return the channels (N, 64 or I) that set each token's range near `log_s_I`: few, so quick to compare."""
@@ -106,36 +106,12 @@ class ExpectedError:
             total = total + activations + weights
         return total / (12 * CODE_MAX**2 * len(self._linears))
 
-    @property
-    def channels(self) -> int:
-        """Input channels, I."""
-        return self._log_x_NI.shape[1]
 
-    def shares(self, columns: Sequence[int]) -> Tensor:
-        """Return each channel's share (I,) of the activations' error, with s = 1 and `columns` out of the way."""
-        loudest = self._left(columns).max(1)
-        weight_N = torch.stack([linear.weight_N * linear.gain_I.sum() for linear in self._linears]).sum(0)
-        mass_N = weight_N * torch.exp2(2 * loudest.values)
-        return mass_N.new_zeros(self.channels).index_add(0, loudest.indices, mass_N)
-
-    def without(self, columns: Sequence[int]) -> Tensor:
-        """Return the error (scalar) with s = 1 and `columns` multiplied in floating point instead."""
-        range_N, total = torch.exp2(2 * self._left(columns).amax(1)), torch.zeros(())
-        for linear in self._linears:
-            gain, cost = (v.sum() - v[list(columns)].sum() for v in (linear.gain_I, linear.cost_I))
-            weights = torch.exp2(2 * linear.log_w_OI.amax(1)).sum() * cost
-            total = total + (range_N @ linear.weight_N) * gain + weights
-        return total / (12 * CODE_MAX**2 * len(self._linears))
-
-    def _left(self, columns: Sequence[int]) -> Tensor:
-        index = torch.tensor(list(columns), dtype=torch.int64, device=self._log_x_NI.device)
-        return self._log_x_NI.index_fill(1, index, -torch.inf)
-
-
-def _linear(x_NI: Tensor, w_OI: Tensor) -> _Linear:
+def weigh_linear(x_NI: Tensor, w_OI: Tensor) -> WeighedLinear:
+    """Return a linear's part in the expected error, from its inputs and weight (fp32)."""
     weight_N = token_weights(x_NI, w_OI) / len(x_NI)
     log_w_OI = w_OI.abs().clamp_min(torch.finfo(torch.float32).tiny).log2()
-    return _Linear(weight_N, log_w_OI, w_OI.square().sum(0), weight_N @ x_NI.square())
+    return WeighedLinear(weight_N, log_w_OI, w_OI.square().sum(0), weight_N @ x_NI.square())
 
 
 def descend(error: ExpectedError, start_R: Tensor, owner_I: Tensor) -> Tensor:

@@ -84,6 +84,10 @@ class Int8(BaseModel):
             raise Refusal("int8: activations: bitsandbytes always quantises them; use format: compressed-tensors")
         if self.activations == "none" and self.outliers not in ("default", "none"):
             raise Refusal(f"int8: outliers: {self.outliers} does nothing when activations are left in 16 bit")
+        fields = type(self).model_fields
+        for key, mode in (("threshold", "dynamic"), ("outlier_share", "static")):
+            if getattr(self, key) != fields[key].default and self.mode != mode:
+                raise Refusal(f"int8: {key}: does nothing with outliers: {self.mode}, only with {mode}")
 
     @property
     def mode(self) -> str:
@@ -124,8 +128,8 @@ class Int8(BaseModel):
         return "int-quantized" if self.activations == "int8" else "pack-quantized"
 
     def statistics_bytes(self, source: Source) -> int:
-        """Codes and scales where they are compensated, all columns that static outliers are chosen from, factors."""
-        total = 0
+        """Compensated codes and scales, the columns that static ones are chosen from and those chosen, factors."""
+        total = 8 * self._column_budget(source) if self.mode == "static" else 0
         for weight in (source.tensors[f"{module}.weight"] for module in self._modules(source)):
             rows, columns = weight.shape
             total += rows * (columns + 4) if self.rounding == "compensated" else 0
@@ -212,7 +216,7 @@ class Int8(BaseModel):
     def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:
         """Add the format's `quantization_config`, and what `reattend.load` does about outliers beyond it."""
         taken = {f"{module}.weight" for module in self._modules(source)}
-        threshold = 0.0 if self.mode in ("none", "static") else self.threshold
+        threshold = self.threshold if self.mode == "dynamic" else 0.0
         config = {
             **source.config,
             "quantization_config": document(self._layout, unquantised(source, taken), threshold),
@@ -225,15 +229,17 @@ class Int8(BaseModel):
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
         """Return by layer the W8A8 error of smoothed inputs, before and after, and the number of static columns."""
+        layers = sorted((name for name in statistics if name.isdigit()), key=int)
+        errors = [_errors(statistics[layer]) for layer in layers]
         found: dict[str, Any] = {}
-        for layer in sorted((name for name in statistics if name.isdigit()), key=int):
-            for name, pair in _errors(statistics[layer]).items():
-                both = found.setdefault("w8a8_error", {}).setdefault(name, {"before": [], "after": []})
-                both["before"].append(pair[0])
-                both["after"].append(pair[1])
-        counts = statistics.get("columns", {})
-        for name in sorted(counts, key=lambda name: int(name.partition(".")[0])):
-            found.setdefault("static_columns", {}).setdefault(name.partition(".")[2], []).append(int(counts[name]))
+        for name in sorted({name for layer in errors for name in layer}):
+            pairs = [layer.get(name, [None, None]) for layer in errors]
+            found.setdefault("w8a8_error", {})[name] = dict(
+                zip(("before", "after"), zip(*pairs, strict=True), strict=True)
+            )
+        counts = {name.partition(".")[::2]: int(count) for name, count in statistics.get("columns", {}).items()}
+        for linear in sorted({linear for _, linear in counts}):
+            found.setdefault("static_columns", {})[linear] = [counts.get((layer, linear)) for layer in layers]
         return found
 
     def engines(self, source: Source) -> dict[str, str]:

@@ -44,7 +44,7 @@ class Transform(Protocol):
         """
 
     def statistics_bytes(self, source: Source) -> int:
-        """Return what the statistics take on the disk while the step runs, in bytes, at most."""
+        """Return what statistics and side files take on the disk while the step runs, in bytes, at most."""
 
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield the groups; tensors in none of them are kept as they are."""

@@ -11,6 +11,7 @@ from reattend.calibration.layerwise import layer_passes
 from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Refusal
 from reattend.families.source import source_of
+from reattend.quantize.int8.calibration import sampled
 from reattend.quantize.int8.compensation import compensated_codes
 from reattend.quantize.int8.formulas import channel_scale, quantize_channels
 from reattend.quantize.int8.transform import Int8
@@ -146,3 +147,39 @@ def test_refusals(tmp_path):
     with pytest.raises(Refusal, match="--calibration"):
         reattend.apply(Recipe(steps=(Int8(rounding="compensated"),), window=64), demo.MODEL, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_calibration_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    import reattend.quantize.int8.transform as transform
+
+    recipe = Recipe(
+        steps=(Int8(outliers="smooth", rounding="compensated"),), calibration=str(TEXT), selection=str(demo.EVAL_TEXT),
+        windows=4, selection_windows=2, window=64,
+    )  # fmt: skip
+    reattend.apply(recipe, demo.MODEL, tmp_path / "whole")
+    learn, calls = transform.learn_layer, []
+
+    def stop_in_the_third(layer, *args):
+        calls.append(layer.index)
+        if calls == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return learn(layer, *args)
+
+    monkeypatch.setattr(transform, "learn_layer", stop_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        reattend.apply(recipe, demo.MODEL, tmp_path / "out")
+    reattend.apply(recipe, demo.MODEL, tmp_path / "out", resume=True)
+    assert calls == [0, 1, 2, 2, 3, 4]
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_rows_are_spread_over_windows_and_tokens():
+    """Half of the rows wanted, all of them, more windows than rows."""
+    for windows, tokens, most in ((4, 100, 200), (4, 10, 400), (1000, 64, 100)):
+        rows = [sampled(window, windows, tokens, most) for window in range(windows)]
+        assert 0.9 * min(most, windows * tokens) <= sum(map(len, rows)) <= min(most, windows * tokens)
+        assert all(row.min() >= 0 and row.max() < tokens for row in rows if len(row))
+    assert sampled(0, 4, 100, 200)[:2].tolist() == [1, 3]
+    assert sampled(7, 1000, 64, 100).tolist() == []
+    assert sampled(20, 1000, 64, 100).tolist() == [32]  # not the first token, on which attention rests

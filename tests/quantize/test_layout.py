@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -115,10 +116,21 @@ def test_thresholds_and_columns_move_along(tmp_path):
     assert torch.equal(before, after)
 
 
+def test_engines_are_warned_of_linears_that_are_not_all_quantised(tmp_path):
+    source = run(Int8(keep=("*q_proj",)), demo.MODEL, tmp_path / "split")
+    planned = reattend.plan(Recipe(steps=(Int8Layout(format="compressed-tensors"),)), source)
+    assert "only if q/k/v" in planned.summary()["engines"]["vllm"]
+
+
 def test_refusals(made, tmp_path):
+    static = tmp_path / "static"
+    shutil.copytree(made["int"], static)
+    config = json.loads((static / "config.json").read_text())
+    (static / "config.json").write_text(json.dumps(config | {"int8_outliers": {"mode": "static"}}))
     for source, step, message in (
         (demo.MODEL, Int8Layout(format="bitsandbytes"), "not quantised; use the step int8"),
         (made["pack"], Int8Layout(format="bitsandbytes"), "set activations: int8"),
+        (static, Int8Layout(format="compressed-tensors", activations="none"), "belong to int8 activations"),
     ):
         with pytest.raises(Refusal, match=message):
             reattend.plan(Recipe(steps=(step,)), source)

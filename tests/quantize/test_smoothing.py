@@ -164,7 +164,7 @@ def test_planted_outliers_are_smoothed_away(tmp_path):
 
 def test_refusals(models):
     for family, settings, message in (
-        ("llama", {"activations": "none"}, "nothing to smooth"),
+        ("llama", {"activations": "none"}, "smooth does nothing"),
         ("bert", {}, "no place"),
     ):
         with pytest.raises(Refusal, match=message):

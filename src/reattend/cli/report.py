@@ -16,7 +16,7 @@ def _value(value: Any, nbytes: bool) -> Readable:
     if isinstance(value, dict) and value:
         return readable(value, nbytes=nbytes)
     if isinstance(value, (list, tuple)) and value:
-        if all(isinstance(item, (int, float)) for item in value):
+        if all(item is None or isinstance(item, (int, float)) for item in value):
             return ", ".join(_scalar(item, nbytes) for item in value)  # a figure per layer is one line
         return [_value(item, nbytes) for item in value]
     return _scalar(value, nbytes)

@@ -1,7 +1,6 @@
 """load_int8(): an int8 checkpoint on its own codes and scales; nothing is decompressed or quantised again.
 
-Formats: compressed-tensors `int-quantized` (`weight` I8, `weight_scale`) and `pack-quantized` with one scale per
-channel (`weight_packed`, `weight_shape`, `weight_scale`); bitsandbytes (`weight` I8, `SCB` = 127 scales).
+`quantize/int8/formats.py` says which formats. Static outlier columns come from the files that the step put beside.
 """
 
 import os
@@ -16,6 +15,7 @@ from reattend.checkpoint.files import LocalFolder
 from reattend.checkpoint.index import OUTLIERS, Checkpoint, open_checkpoint
 from reattend.checkpoint.tensors import ShardReader
 from reattend.errors import Failure, Refusal
+from reattend.families.source import source_of
 from reattend.kernels.int8_linear import Outliers
 from reattend.kernels.int8_linear.reference import quantize_rows
 from reattend.modeling.architecture import model_class
@@ -77,12 +77,12 @@ def stored_outliers(checkpoint: Checkpoint) -> dict[str, Outliers]:
     declared = checkpoint.config.get("int8_outliers") or {}
     if declared.get("mode") != "static":
         return {}
-    folder = Path(checkpoint.files.name) / OUTLIERS
     found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for layer in range(source_of(checkpoint).num_layers):
+        file = Path(checkpoint.files.name) / OUTLIERS / f"layer-{layer:05d}.safetensors"
+        if not file.is_file():
+            raise Refusal(f"{file}: is missing, and config.json declares static outlier columns (int8_outliers)")
         found |= load_file(file)
-    if not found:
-        raise Refusal(f"{folder}: holds no outlier columns, which config.json declares (int8_outliers)")
     modules = [name.removesuffix(".outlier_columns") for name in found if name.endswith(".outlier_columns")]
     return {m: Outliers(found[f"{m}.outlier_columns"], found[f"{m}.outlier_weight"]) for m in modules}
 
