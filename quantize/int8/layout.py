@@ -23,7 +23,9 @@ class Int8Layout(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: Literal["int8_layout"] = "int8_layout"
-    format: Literal["compressed-tensors", "bitsandbytes"] = Field(description="layout of the output")
+    format: Literal["compressed-tensors", "bitsandbytes"] = Field(
+        "compressed-tensors", description="layout of the output"
+    )
     activations: Literal["source", "int8", "none"] = Field(
         "source", description="int8: quantised per token at run time; none: left in 16 bit (W8A16)"
     )

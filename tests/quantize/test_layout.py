@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 import reattend
 from reattend import demo
 from reattend.errors import Refusal
+from reattend.pipeline.inspection import inspect
 from reattend.quantize.int8.formulas import unpack_codes
 from reattend.quantize.int8.layout import Int8Layout
 from reattend.quantize.int8.transform import Int8
@@ -143,3 +144,11 @@ def test_refusals(made, tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(Refusal, match=r"model.layers.2.mlp.up_proj.weight_scale' is missing"):
         reattend.plan(Recipe(steps=(Int8Layout(format="bitsandbytes"),)), folder)
+
+
+def test_inspect_says_what_it_applies_to(made):
+    """Every step is listed with its defaults."""
+    plain, packed = (inspect(folder)["steps"] for folder in (demo.MODEL, made["pack"]))
+    assert "use the step int8" in plain["int8_layout"]
+    assert "quantised already" in packed["int8"]
+    assert packed["int8_layout"] == plain["int8"] == "yes"
