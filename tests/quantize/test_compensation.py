@@ -11,9 +11,9 @@ from reattend.calibration.layerwise import layer_passes
 from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Refusal
 from reattend.families.source import source_of
-from reattend.quantize.int8.calibration import sampled
 from reattend.quantize.int8.compensation import compensated_codes
 from reattend.quantize.int8.formulas import channel_scale, quantize_channels
+from reattend.quantize.int8.inputs import sampled
 from reattend.quantize.int8.transform import Int8
 from reattend.recipes.schema import Recipe
 

@@ -1,0 +1,95 @@
+"""The inputs of a layer's linears as a calibration pass sees them: ranges, sampled rows and second moments.
+
+Legend: N tokens of a window, I input channels.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reattend.calibration.layerwise import LayerPass
+from reattend.errors import Failure
+
+_FIT_ROWS, _CHOICE_ROWS = 4096, 2048  # tokens that the searches look at: enough to rank, bounded in memory
+
+
+class Inputs:
+    """The inputs of a layer's linears: those called one after the other with the very same tensor share one."""
+
+    def __init__(self, layer: LayerPass, *, moment: bool) -> None:
+        self._layer, self._moment = layer, moment
+        self._names = {id(module): name for name, module in layer.module.named_modules()}
+        self._shared: dict[str, SharedInput] = {}  # by the linear that was called first
+        self._last: tuple[Tensor | None, str] = (None, "")
+
+    def hook(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        """Take in one window's input of one linear."""
+        name, x = self._names[id(module)], inputs[0]
+        if x is self._last[0]:
+            shared = self._shared[self._last[1]]
+            shared.linears += (name,) if name not in shared.linears else ()
+            return
+        self._last = (x, name)
+        shared = self._shared.setdefault(name, SharedInput(self._layer, name, self._moment))
+        shared.take(x.reshape(-1, x.shape[-1]))
+
+    def __iter__(self) -> Iterator["SharedInput"]:
+        return iter(self._shared.values())
+
+    def of(self, linears: Iterable[str]) -> "SharedInput | None":
+        """The input of the first of `linears` that was called."""
+        return next((shared for shared in self if set(linears) & set(shared.linears)), None)
+
+
+class SharedInput:
+    """One input: its channels' range, sampled rows of both texts and, where wanted, its second moment."""
+
+    def __init__(self, layer: LayerPass, linear: str, moment: bool) -> None:
+        self.linears: tuple[str, ...] = (linear,)
+        self._layer, self._moment = layer, moment
+        self.absmax: Tensor | None = None
+        self.second: Tensor | None = None
+        self._rows: dict[str, list[Tensor]] = {text: [] for text in layer.hidden}
+        self._seen = dict.fromkeys(layer.hidden, 0)
+
+    def take(self, x_NI: Tensor) -> None:
+        """Take in one window of the text that runs."""
+        text = self._layer.text
+        if text == "calibration":
+            here = x_NI.abs().amax(0)
+            self.absmax = here if self.absmax is None else torch.maximum(self.absmax, here)
+            if self._moment:
+                self._add(x_NI.float())
+        most = _FIT_ROWS if text == "calibration" else _CHOICE_ROWS
+        rows = sampled(self._seen[text], len(self._layer.hidden[text]), len(x_NI), most)
+        self._rows[text].append(x_NI[rows.to(x_NI.device)])
+        self._seen[text] += 1
+
+    def _add(self, x_NI: Tensor) -> None:
+        """Add a window's second moment, its tokens relative to their energy: huge ones count as one each."""
+        energy_N = x_NI.square().sum(1)
+        relative = x_NI / (energy_N + 0.1 * energy_N.median() + torch.finfo(x_NI.dtype).tiny).sqrt()[:, None]
+        here = (relative.T @ relative).double()
+        self.second = here if self.second is None else self.second.add_(here)
+
+    def finite_rows(self, text: str) -> Tensor:
+        """The rows sampled from a text. Raises `Failure` for NaN and inf, naming a linear that takes them."""
+        rows = torch.cat(self._rows[text])
+        if not bool(torch.isfinite(rows).all()):
+            raise Failure(f"layer {self._layer.index}, input of {self.linears[0]}: activations hold NaN or inf")
+        return rows
+
+
+def sampled(window: int, windows: int, tokens: int, most: int) -> Tensor:
+    """Return the rows of one of `windows` windows of `tokens` that are looked at: about `most` of all of them.
+
+    The middles of equal parts: a window's first token, on which attention rests, is one among the others. With more
+    windows than `most`, one row of every n-th.
+    """
+    stride = -(-windows // most)
+    if window % stride:
+        return torch.empty(0, dtype=torch.int64)
+    each = min(tokens, -(-most // windows))
+    return ((torch.arange(each) + 0.5) * tokens / each).long()
