@@ -10,7 +10,6 @@ from torch import Tensor
 
 from reattend.calibration.layerwise import LayerPass
 from reattend.checkpoint.tensors import TORCH_DTYPES
-from reattend.errors import Failure
 from reattend.families.rows import Feed
 from reattend.families.source import Source
 from reattend.quantize.int8.compensation import compensated_codes
@@ -92,7 +91,7 @@ def _compensated(
     second, shared.second = shared.second, None  # the largest thing here: gone when this input is done
     assert second is not None
     if not bool(torch.isfinite(second).all()):
-        raise Failure(f"layer {layer.index}, input of {shared.linears[0]}: activations hold NaN or inf")
+        raise layer.bad_numbers(f"input of {shared.linears[0]}")
     codes: dict[str, Tensor] = {}
     for feed in source.family.feeds:
         if set(feed.consumers) & set(shared.linears) and f"{feed.producer}.factors" in found:

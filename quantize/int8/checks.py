@@ -15,6 +15,8 @@ def check_source(source: Source) -> None:
     """Refuse what neither format can hold."""
     if source.config.get("quantization_config"):
         raise Refusal("config.json: quantization_config: the source is quantised already")
+    if "int8_outliers" in source.config:
+        raise Refusal("config.json: int8_outliers: belongs to an int8 checkpoint, which this is not; remove the key")
     if "conv1d" in source.family.features:
         raise Refusal(f"int8: {source.family.model_type} stores Conv1D layers, which neither format covers")
     if "experts" in source.family.features:

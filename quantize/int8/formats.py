@@ -4,7 +4,7 @@ Formats: compressed-tensors `int-quantized` (`weight` I8, `weight_scale`) and `p
 channel (`weight_packed`, `weight_shape`, `weight_scale`); bitsandbytes (`weight` I8, `SCB` = 127 scales).
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from typing import Any, Literal
 
 import torch
@@ -104,56 +104,16 @@ def engines(format: Format, *, split: bool) -> dict[str, str]:
     return {"transformers": stock, "vllm": engine, "sglang": engine}
 
 
-def scheme(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `Int8Linear`'s options from a config's `quantization_config`; refuse what is not int8 per channel."""
-    declared = config.get("quantization_config") or {}
-    method = declared.get("quant_method")
-    own = config.get("int8_outliers") or {}
-    if method == "bitsandbytes":
-        if not declared.get("load_in_8bit"):
-            raise Refusal("config.json: quantization_config: bitsandbytes, but not load_in_8bit")
-        threshold = 0.0 if own else float(declared.get("llm_int8_threshold", 6.0))
-        return {"activations": "int8", "threshold": threshold or None}
-    if method != "compressed-tensors":
-        raise Refusal(f"config.json: quant_method {method!r} is not compressed-tensors or bitsandbytes")
-    groups = list((declared.get("config_groups") or {}).values())
-    if len(groups) != 1:
-        raise Refusal(f"config.json: {len(groups)} config_groups; one int8 group is what runs here")
-    return {"activations": _activations(groups[0]), "threshold": own.get("threshold")}
-
-
-def _activations(group: Mapping[str, Any]) -> str:
-    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
-    _require(group, "weights", {**int8, "strategy": "channel"})
-    if group.get("input_activations") is None:
-        return "none"
-    _require(group, "input_activations", {**int8, "strategy": "token", "dynamic": True})
-    return "int8"
-
-
-def _require(group: Mapping[str, Any], part: str, wanted: Mapping[str, Any]) -> None:
-    declared = group.get(part) or {}
-    for key, value in wanted.items():
-        if declared.get(key) != value:
-            raise Refusal(f"config.json: {part}.{key} is {declared.get(key)!r}, not {value!r}")
-
-
-def layout_of(config: Mapping[str, Any]) -> Format:
-    """Return the layout of an int8 checkpoint. Raises `Refusal` for what `scheme` refuses."""
-    activations = scheme(config)["activations"]
-    if config["quantization_config"]["quant_method"] == "bitsandbytes":
-        return "bitsandbytes"
-    return "int-quantized" if activations == "int8" else "pack-quantized"
-
-
 def int8_modules(stored: Iterable[TensorSpec]) -> list[str]:
     """Return the linears among a checkpoint's tensors that are held as codes."""
     found = ((*spec.name.rpartition("."), spec.dtype) for spec in stored)
     return [m for m, _, leaf, dtype in found if leaf == "weight_packed" or (leaf == "weight" and dtype == "I8")]
 
 
-def read_codes(module: str, stored: Container[str], read: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return int8 codes (O, I) and scales (O, 1) as they are stored, from the tensors of `module`.
+def read_codes(
+    format: Format, module: str, stored: Container[str], read: Callable[[str], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return int8 codes (O, I) and scales (O, 1) of a `module` as a format stores them.
 
     `read` returns a tensor by name; `stored` are the names. Raises `Refusal` for scales that are not one per output.
     """
@@ -161,7 +121,8 @@ def read_codes(module: str, stored: Container[str], read: Callable[[str], Tensor
         codes = unpack_codes(read(f"{module}.weight_packed"), read(f"{module}.weight_shape"))
     else:
         codes = read(f"{module}.weight")
-    scale = read(f"{module}.SCB") / CODE_MAX if f"{module}.SCB" in stored else read(f"{module}.weight_scale")
+    name = f"{module}.SCB" if format == "bitsandbytes" else f"{module}.weight_scale"
+    scale = read(name) / CODE_MAX if format == "bitsandbytes" else read(name)
     if scale.numel() != len(codes):
-        raise Refusal(f"tensor '{module}.weight_scale' has not one number per output")
+        raise Refusal(f"tensor {name!r} has not one number per output")
     return codes, scale.reshape(-1, 1)

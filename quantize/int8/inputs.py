@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from reattend.calibration.layerwise import LayerPass
-from reattend.errors import Failure
 
 _FIT_ROWS, _CHOICE_ROWS = 4096, 2048  # tokens that the searches look at: enough to rank, bounded in memory
 
@@ -75,10 +74,10 @@ class SharedInput:
         self.second = here if self.second is None else self.second.add_(here)
 
     def finite_rows(self, text: str) -> Tensor:
-        """The rows sampled from a text. Raises `Failure` for NaN and inf, naming a linear that takes them."""
+        """The rows sampled from a text. Raises `BadNumbersError` for NaN and inf, naming a linear that takes them."""
         rows = torch.cat(self._rows[text])
         if not bool(torch.isfinite(rows).all()):
-            raise Failure(f"layer {self._layer.index}, input of {self.linears[0]}: activations hold NaN or inf")
+            raise self._layer.bad_numbers(f"input of {self.linears[0]}")
         return rows
 
 

@@ -10,7 +10,8 @@ from reattend.checkpoint.header import TensorSpec
 from reattend.errors import Refusal
 from reattend.families.source import Source
 from reattend.quantize.int8 import formats
-from reattend.quantize.int8.formats import Format, int8_modules, layout_of, scheme
+from reattend.quantize.int8.declared import declared_outliers, layout_of, scheme
+from reattend.quantize.int8.formats import Format, int8_modules
 from reattend.transform import Group, Passes, Statistics
 
 # What belongs to an int8 linear, in any format.
@@ -49,7 +50,7 @@ class Int8Layout(BaseModel):
             raise Refusal("int8_layout: the source has no int8 weight, though config.json declares them")
         if self.format == "bitsandbytes" and self._activations(source) == "none":
             raise Refusal("int8_layout: bitsandbytes always quantises activations: set activations: int8")
-        if self._activations(source) == "none" and (source.config.get("int8_outliers") or {}).get("mode") == "static":
+        if self._activations(source) == "none" and declared_outliers(source.config)[0] == "static":
             raise Refusal("int8_layout: activations: static outlier columns belong to int8 activations")
         for module in int8_modules(source.tensors.values()):
             self._check_parts(module, source)
@@ -103,20 +104,19 @@ class Int8Layout(BaseModel):
         self, group: Group, tensors: Mapping[str, Tensor], statistics: Statistics, source: Source
     ) -> dict[str, Tensor]:
         """Return the same codes and scales, named and held as the format does."""
-        codes, scale = formats.read_codes(group.key, tensors.keys(), tensors.__getitem__)
+        codes, scale = formats.read_codes(layout_of(source.config), group.key, tensors.keys(), tensors.__getitem__)
         return formats.tensors(self._layout(source), self._weight(group.key, source), codes, scale.float())
 
     def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:
         """Declare the format; a dynamic threshold goes to where the format, or else `reattend.load`, looks for it."""
-        ours = source.config.get("int8_outliers")
         threshold = scheme(source.config)["threshold"] or 0.0
         quantised = {f"{module}.weight" for module in int8_modules(source.tensors.values())}
         config = {key: value for key, value in source.config.items() if key != "int8_outliers"}
         config["quantization_config"] = formats.document(
             self._layout(source), formats.unquantised(source, quantised), threshold
         )
-        if ours and ours.get("mode") == "static":
-            config["int8_outliers"] = ours
+        if declared_outliers(source.config)[0] == "static":
+            config["int8_outliers"] = {"mode": "static"}
         elif threshold and self.format != "bitsandbytes" and self._activations(source) == "int8":
             config["int8_outliers"] = {"mode": "dynamic", "threshold": threshold}
         return config

@@ -47,9 +47,15 @@ class Int8(BaseModel):
         "smooth: outliers are moved into the weights (needs calibration and selection texts); "
         "default: dynamic in the format bitsandbytes, whose run time does that, else none",
     )
-    threshold: float = Field(6.0, gt=0, description="magnitude from which a value is a dynamic outlier")
+    threshold: float = Field(
+        6.0, gt=0, strict=True, allow_inf_nan=False, description="magnitude from which a value is a dynamic outlier"
+    )
     outlier_share: float = Field(
-        0.05, gt=0, le=1, description="numbers that static columns may add, as a share of the quantised weights"
+        0.05,
+        gt=0,
+        le=1,
+        strict=True,
+        description="numbers that static columns may add, as a share of the quantised weights",
     )
     rounding: Literal["nearest", "compensated"] = Field(
         "nearest", description="compensated: weights make up for each other's rounding (needs a calibration text)"
@@ -71,6 +77,9 @@ class Int8(BaseModel):
         if not modules:
             raise Refusal("int8: select and keep together leave no layer to quantise")
         check_dtypes((f"{module}.weight" for module in modules), source, FLOATS, "not a float")
+        if self.mode == "static":
+            names = (f"{module}.weight" for module in modules)
+            check_dtypes(names, source, CALIBRATED, "calibrated from F32, F16 and BF16 only")
         if self.mode == "smooth":
             check_smoothing(source)
         for layer in range(source.num_layers if self.texts else 0):

@@ -21,5 +21,9 @@ class Refusal(ReattendError, ValueError):
     exit_code = 2
 
 
+class BadNumbersError(Refusal):
+    """The weights hold NaN or inf, or make them, which only reading or running them can tell: no run can succeed."""
+
+
 class Failure(ReattendError, RuntimeError):
     """The work was started and did not succeed."""

@@ -13,7 +13,7 @@ from reattend.errors import Failure, Refusal
 from reattend.kernels.int8_linear import Outliers
 from reattend.modeling.int8 import Int8Linear, fuse_linears, replace_linears
 from reattend.modeling.int8_loading import load_int8
-from reattend.quantize.int8.formats import scheme
+from reattend.quantize.int8.declared import scheme
 from reattend.quantize.int8.formulas import unpack_codes
 from reattend.recipes.schema import load_recipe
 

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 import torch
@@ -125,9 +124,10 @@ def test_engines_are_warned_of_linears_that_are_not_all_quantised(tmp_path):
 
 def test_refusals(made, tmp_path):
     static = tmp_path / "static"
-    shutil.copytree(made["int"], static)
-    config = json.loads((static / "config.json").read_text())
-    (static / "config.json").write_text(json.dumps(config | {"int8_outliers": {"mode": "static"}}))
+    text = str(demo.EVAL_TEXT.with_name("select.txt"))
+    reattend.apply(
+        Recipe(steps=(Int8(outliers="static"),), calibration=text, windows=2, window=64), demo.MODEL, static
+    )
     for source, step, message in (
         (demo.MODEL, Int8Layout(format="bitsandbytes"), "not quantised; use the step int8"),
         (made["pack"], Int8Layout(format="bitsandbytes"), "set activations: int8"),

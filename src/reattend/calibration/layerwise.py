@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reattend.errors import Failure
+from reattend.errors import BadNumbersError, Failure
 from reattend.families.rows import Family
 
 # Called with a submodule, its positional and named arguments, and its output.
@@ -43,6 +43,13 @@ class LayerPass:
             raise Failure(f"layer {self.index}: returns {type(output).__name__}, a tensor was expected")
         return output
 
+    def bad_numbers(self, where: str) -> BadNumbersError:
+        """Return the error for NaN or inf at a place in the layer, naming a weight that holds some, if one does."""
+        named = self.module.named_parameters()
+        weight = next((name for name, value in named if not bool(torch.isfinite(value).all())), None)
+        reason = f"its tensor {weight!r} does" if weight else f"they overflow in {self.hidden[self.text].dtype}"
+        return BadNumbersError(f"layer {self.index}, {where}: activations hold NaN or inf ({reason})")
+
     def run(self, hooks: Iterable[tuple[str, Hook]] = ()) -> None:
         """Run the layer on every window and replace `hidden` by its outputs, once.
 
@@ -58,6 +65,8 @@ class LayerPass:
                 self.text = text
                 for i in range(len(states)):
                     states[i : i + 1].copy_(self.call(states[i : i + 1]))
+                    if not bool(torch.isfinite(states[i]).all()):
+                        raise self.bad_numbers("its output")
         self._ran = True
 
 

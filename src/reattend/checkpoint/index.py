@@ -65,9 +65,15 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
         digests[shard] = header.digest
         metadata = header.metadata | metadata
     _check_listed(files, listed, tensors)
-    own = f"{OUTLIERS}/" if config.get("int8_outliers") else None  # they belong to the weights, and stay with them
-    ignored = tuple(f for f in sizes if f.endswith(WEIGHTS) and f not in digests and not (own and f.startswith(own)))
+    ignored = tuple(f for f in sizes if f not in digests and _is_foreign(f, config))
     return Checkpoint(files, config, sizes, tensors, digests, metadata, ignored, files.skipped())
+
+
+def _is_foreign(file: str, config: dict[str, Any]) -> bool:
+    """Whether a file holds weights that are not the checkpoint's; those of outlier columns stay with an int8 one."""
+    if file.partition("/")[0] == OUTLIERS:
+        return config.get("int8_outliers") != {"mode": "static"}
+    return file.endswith(WEIGHTS)
 
 
 def _header(files: Files, shard: str, size: int) -> Header:

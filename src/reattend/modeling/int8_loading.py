@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from reattend.checkpoint.files import LocalFolder
-from reattend.checkpoint.index import OUTLIERS, Checkpoint, open_checkpoint
+from reattend.checkpoint.index import Checkpoint, open_checkpoint
 from reattend.checkpoint.tensors import ShardReader
 from reattend.errors import Failure, Refusal
-from reattend.families.source import source_of
 from reattend.kernels.int8_linear import Outliers
 from reattend.kernels.int8_linear.reference import quantize_rows
 from reattend.modeling.architecture import model_class
 from reattend.modeling.int8 import Int8Linear, fuse_linears, replace_linears
-from reattend.quantize.int8.formats import int8_modules, read_codes, scheme
+from reattend.modeling.int8_outliers import read_outliers
+from reattend.quantize.int8.declared import declared_outliers, layout_of, scheme
+from reattend.quantize.int8.formats import int8_modules, read_codes
 
 _PARTS = ("weight", "weight_packed", "weight_shape", "weight_scale", "SCB", "weight_format", "bias")
 
@@ -43,7 +44,7 @@ def load_int8(
     model = _empty_model(checkpoint.config, Path(path), dtype)
     reader = ShardReader(checkpoint.files.path)
     try:
-        outliers = stored_outliers(checkpoint) if outliers is None else outliers
+        outliers = read_outliers(checkpoint) if outliers is None else outliers
         layers = dict(_layers(checkpoint, reader, options, outliers))
         unknown = [name for name in outliers if name not in layers]
         if unknown:
@@ -63,28 +64,15 @@ def runs_on_kernels(config: Mapping[str, Any]) -> bool:
     """Whether a config declares int8 in a format that `load_int8` runs."""
     if not config.get("quantization_config"):
         return False
+    declared_outliers(config)  # our own key: what it says wrongly is no other format
     try:
         scheme(config)
     except Refusal:
+        declared = config["quantization_config"]
+        if isinstance(declared, dict) and declared.get("load_in_8bit") is True:
+            raise  # int8, and wrongly described: no other format that stock could run
         return False
     return True
-
-
-def stored_outliers(checkpoint: Checkpoint) -> dict[str, Outliers]:
-    """Return the static outlier columns that the step `int8` put beside a checkpoint, by module; usually none."""
-    from safetensors.torch import load_file
-
-    declared = checkpoint.config.get("int8_outliers") or {}
-    if declared.get("mode") != "static":
-        return {}
-    found: dict[str, Tensor] = {}
-    for layer in range(source_of(checkpoint).num_layers):
-        file = Path(checkpoint.files.name) / OUTLIERS / f"layer-{layer:05d}.safetensors"
-        if not file.is_file():
-            raise Refusal(f"{file}: is missing, and config.json declares static outlier columns (int8_outliers)")
-        found |= load_file(file)
-    modules = [name.removesuffix(".outlier_columns") for name in found if name.endswith(".outlier_columns")]
-    return {m: Outliers(found[f"{m}.outlier_columns"], found[f"{m}.outlier_weight"]) for m in modules}
 
 
 def _empty_model(config: Mapping[str, Any], path: Path, dtype: str) -> nn.Module:
@@ -97,6 +85,11 @@ def _empty_model(config: Mapping[str, Any], path: Path, dtype: str) -> nn.Module
     if not config.get("architectures"):
         raise Refusal(f"{path}/config.json: architectures names no class of transformers")
     chosen = getattr(torch, dtype) if dtype != "auto" else stock.dtype or torch.float32
+    if chosen not in (torch.float32, torch.float16, torch.bfloat16):
+        asked = f"{path}/config.json: dtype is" if dtype == "auto" else "dtype:"
+        raise Refusal(
+            f"{asked} {str(chosen).removeprefix('torch.')}; int8 layers compute in float32, float16, bfloat16"
+        )
     with init_empty_weights(include_buffers=False):
         model: nn.Module = model_class(path, dict(config))._from_config(stock, dtype=chosen)
     return model
@@ -114,7 +107,7 @@ def _layers(
         return reader.read(stored[name])
 
     for module in int8_modules(tensor.spec for tensor in stored.values()):
-        codes, scale = read_codes(module, stored, read)
+        codes, scale = read_codes(layout_of(checkpoint.config), module, stored, read)
         bias = read(f"{module}.bias") if f"{module}.bias" in stored else None
         yield module, Int8Linear(codes, scale, bias, outliers=outliers.get(module), **options)
 

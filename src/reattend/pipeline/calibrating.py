@@ -11,7 +11,7 @@ from reattend.calibration.layerwise import LayerPass, layer_passes
 from reattend.calibration.tokens import sample_tokens
 from reattend.checkpoint.index import MANIFEST, Checkpoint, read_json
 from reattend.checkpoint.staging import Staging, write_whole
-from reattend.errors import Refusal
+from reattend.errors import Failure, Refusal, first_line
 from reattend.modeling.loading import load, load_tokenizer
 from reattend.pipeline.planning import Plan, Stage
 from reattend.progress import Progress
@@ -35,8 +35,16 @@ class StoredStatistics(MutableMapping[str, dict[str, Tensor]]):
 
         if not self._file(name).exists():
             raise KeyError(name)
-        tensors: dict[str, Tensor] = load_file(self._file(name))
+        try:
+            tensors: dict[str, Tensor] = load_file(self._file(name))
+        except Exception as error:
+            raise Failure(
+                f"{self._file(name)}: is damaged ({first_line(error)}); start again with --overwrite"
+            ) from error
         return tensors
+
+    def __contains__(self, name: object) -> bool:
+        return self._file(str(name)).exists()
 
     def __setitem__(self, name: str, tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save

@@ -13,11 +13,11 @@ import reattend
 from reattend.checkpoint.files import LocalFolder, open_files
 from reattend.checkpoint.index import INDEX, MANIFEST, RECIPE, fingerprint, open_checkpoint
 from reattend.checkpoint.staging import Staging
-from reattend.errors import Failure, Refusal
+from reattend.errors import BadNumbersError, Failure, Refusal
 from reattend.modeling.loading import check_device
 from reattend.pipeline.calibrating import Calibration, earlier_texts, prepare
 from reattend.pipeline.planning import Plan, Stage, plan
-from reattend.pipeline.streaming import BadNumbersError, stream
+from reattend.pipeline.streaming import stream
 from reattend.progress import Progress, silent
 from reattend.recipes.schema import Recipe, dump_recipe
 

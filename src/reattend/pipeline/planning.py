@@ -13,6 +13,7 @@ from reattend.checkpoint.index import RECIPE, Checkpoint, open_checkpoint
 from reattend.checkpoint.staging import Layout, lay_out
 from reattend.errors import Refusal
 from reattend.families.source import Source, describe, source_of
+from reattend.modeling.int8_outliers import check_outliers
 from reattend.pipeline.memory import PROCESS_BYTES, calibration_bytes
 from reattend.recipes.schema import Recipe, load_recipe
 from reattend.transform import Group, Transform
@@ -169,6 +170,7 @@ def plan(recipe: str | os.PathLike[str] | Recipe, model: str | os.PathLike[str])
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     checkpoint = open_checkpoint(model)
     source = source_of(checkpoint)
+    check_outliers(checkpoint, source)
     places = {name: (stored.file, stored.start) for name, stored in checkpoint.tensors.items()}
     stages: list[Stage] = []
     for number, step in enumerate(loaded.steps):
@@ -189,7 +191,9 @@ def plan(recipe: str | os.PathLike[str] | Recipe, model: str | os.PathLike[str])
 def _check_window(planned: Plan) -> None:
     limit = planned.source.get("max_position_embeddings")
     if planned.texts and limit and planned.recipe.window > limit:
-        raise Refusal(f"window: {planned.recipe.window} tokens, the model takes {limit}; set it in the recipe")
+        raise Refusal(
+            f"window: {planned.recipe.window} tokens, the model takes {limit}; set it in the recipe, or by --window"
+        )
 
 
 def _remarks(planned: Plan) -> Iterator[str]:

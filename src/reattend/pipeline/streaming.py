@@ -10,14 +10,10 @@ from reattend.checkpoint.header import StoredTensor
 from reattend.checkpoint.index import Checkpoint
 from reattend.checkpoint.staging import Staging
 from reattend.checkpoint.tensors import ShardReader, all_finite, bytes_view, tensor_bytes
-from reattend.errors import Refusal
+from reattend.errors import BadNumbersError
 from reattend.pipeline.planning import Stage
 from reattend.progress import Progress
 from reattend.transform import Group, Statistics
-
-
-class BadNumbersError(Refusal):
-    """The weights hold NaN or inf, which only reading all of them can tell."""
 
 
 def stream(

@@ -12,6 +12,7 @@ from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import MANIFEST, Checkpoint, fingerprint, open_checkpoint, read_json
 from reattend.errors import Failure, Refusal
 from reattend.families.source import source_of
+from reattend.modeling.int8_outliers import check_outliers
 from reattend.modeling.loading import load_tokenizer
 
 _PROBE = Path(__file__).with_name("probe.py")
@@ -32,6 +33,7 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
     `Refusal` where `out` is no output of reattend or `against` is not its source.
     """
     checkpoint = open_checkpoint(out)
+    check_outliers(checkpoint, source_of(checkpoint))
     manifest = _manifest(checkpoint)
     folder = open_files(out).download()
     source = None if against is None else _source(manifest, against)
