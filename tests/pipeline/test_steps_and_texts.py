@@ -39,6 +39,12 @@ class Rescale(BaseModel, frozen=True):
     def calibrate(self, source: Any, passes: Any, statistics: Any) -> None:
         pass
 
+    def statistics_bytes(self, source: Any) -> int:
+        return 0
+
+    def side_files(self, source: Any, statistics: Any) -> Iterator[tuple[str, bytes]]:
+        yield f"beside/{self.step}.txt", str(self.factor).encode()
+
     def groups(self, source: Any) -> Iterator[Group]:
         for i in range(source.num_layers):
             names = tuple(f"{source.prefix}layers.{i}.self_attn.{n}_proj.weight" for n in "vo")
@@ -96,6 +102,7 @@ def test_steps_run_in_order_on_what_the_one_before_wrote(tmp_path):
     assert execution.read_findings(tmp_path / "all") == [{"seen": []}, {"seen": []}, {}]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["all", "one", "two"]
     assert not (tmp_path / "all/work").exists()
+    assert (tmp_path / "all/beside/rescale.txt").read_text() == "0.5"  # the last of the steps that wrote it
     assert reattend.verify(tmp_path / "all", against=demo.MODEL)["problems"] == []
 
 
