@@ -51,7 +51,8 @@ steps                  - step: int8
                            *.self_attn.*
                          keep: none
 changes                {NAME}
-                       and 27 more"""
+                       and 27 more
+error_per_layer        0.012346, 2, 0.5"""
 READABLE = """\
 model                  [bold]org/demo[/bold]
 parameters             2 361 408
@@ -71,7 +72,8 @@ steps                  step    int8
                        keep    none
 changes                - model.layers.0.self_attn.q_proj.weight BF16 [192, 192]
                          -> model.layers.0.self_attn.q_proj.weight I8 [192, 192]
-                       - and 27 more"""
+                       - and 27 more
+error_per_layer        0.012346, 2, 0.5"""
 
 
 def rendered(report, width, **options):

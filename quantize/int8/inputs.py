@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from reattend.calibration.layerwise import LayerPass
 
 _FIT_ROWS, _CHOICE_ROWS = 4096, 2048  # tokens that the searches look at: enough to rank, bounded in memory
+_LEAST_ROWS = 64  # of a window that gives any
 
 
 class Inputs:
@@ -84,11 +85,12 @@ class SharedInput:
 def sampled(window: int, windows: int, tokens: int, most: int) -> Tensor:
     """Return the rows of one of `windows` windows of `tokens` that are looked at: about `most` of all of them.
 
-    The middles of equal parts: a window's first token, on which attention rests, is one among the others. With more
-    windows than `most`, one row of every n-th.
+    The starts of equal parts, so always a window's first token: attention rests on it, and its errors reach every
+    later token. Left out, the KL of SmolLM2-135M after smoothing is a fifth higher on the selection text. Of many
+    windows every n-th gives rows, as one in 64 of them is a first token at most.
     """
-    stride = -(-windows // most)
+    each = min(tokens, max(_LEAST_ROWS, most // windows))
+    stride = -(-windows * each // most)
     if window % stride:
         return torch.empty(0, dtype=torch.int64)
-    each = min(tokens, -(-most // windows))
-    return ((torch.arange(each) + 0.5) * tokens / each).long()
+    return torch.arange(each) * tokens // each
