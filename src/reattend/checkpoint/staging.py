@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reattend.checkpoint.files import CALL_BYTES
 from reattend.checkpoint.header import TensorSpec, render_header
 from reattend.checkpoint.index import SINGLE
 from reattend.errors import Refusal
@@ -241,7 +242,7 @@ def _empty(path: Path) -> bool:
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
-        written = os.pwrite(descriptor, data, offset)
+        written = os.pwrite(descriptor, data[:CALL_BYTES], offset)
         data, offset = data[written:], offset + written
 
 

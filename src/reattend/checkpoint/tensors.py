@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reattend.checkpoint.files import CALL_BYTES
 from reattend.checkpoint.header import StoredTensor
 from reattend.errors import Failure
 
@@ -45,7 +46,7 @@ class ShardReader:
         view = bytes_view(data)
         position = stored.start + offset
         while view:
-            count = os.preadv(self._open[stored.file], [view], position)
+            count = os.preadv(self._open[stored.file], [view[:CALL_BYTES]], position)
             if not count:
                 raise Failure(f"{stored.file}: ended inside tensor {stored.spec.name!r} (changed meanwhile?)")
             view, position = view[count:], position + count
