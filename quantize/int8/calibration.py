@@ -13,7 +13,7 @@ from reattend.checkpoint.tensors import TORCH_DTYPES
 from reattend.families.rows import Feed
 from reattend.families.source import Source
 from reattend.quantize.int8.compensation import compensated_codes
-from reattend.quantize.int8.formulas import quantize_channels
+from reattend.quantize.int8.formulas import channel_scale
 from reattend.quantize.int8.inputs import Inputs, SharedInput
 from reattend.quantize.int8.migration import migrate, owners
 from reattend.quantize.int8.outliers import removal_order
@@ -100,8 +100,8 @@ def _compensated(
     for name in shared.linears:
         weight = layer.module.get_parameter(f"{name}.weight").detach()
         moved = migrate(f"{name}.weight", weight, found, source)
-        _, scale = quantize_channels(moved.cpu(), _dtype(layer, source, name))
-        codes[f"{name}.codes"] = compensated_codes(moved, scale.to(moved.device), second)
+        scale = channel_scale(moved, _dtype(layer, source, name))
+        codes[f"{name}.codes"] = compensated_codes(moved, scale, second)
         codes[f"{name}.scale"] = scale
     return codes
 

@@ -27,7 +27,7 @@ def check_source(source: Source) -> None:
 
 def check_selectors(patterns: Iterable[str], source: Source) -> None:
     """Refuse a selector that matches nothing."""
-    modules = dict(source.linears())
+    modules = source.linear_shapes
     for pattern in patterns:
         if not fnmatch.filter(modules, pattern):
             raise Refusal(f"int8: selector {pattern!r} matches no linear layer, as {next(iter(modules))}")

@@ -59,7 +59,7 @@ class Int8Layout(BaseModel):
     def _check_parts(self, module: str, source: Source) -> None:
         here = source.tensors
         packed = f"{module}.weight_packed" in here
-        if packed and module not in dict(source.linears()):
+        if packed and module not in source.linear_shapes:
             raise Refusal(f"tensor '{module}.weight_packed': no linear layer of {source.family.model_type}")
         wanted = [f"{module}.weight_shape"] if packed else []
         wanted.append(f"{module}.SCB" if layout_of(source.config) == "bitsandbytes" else f"{module}.weight_scale")
@@ -96,7 +96,7 @@ class Int8Layout(BaseModel):
     def _weight(self, module: str, source: Source) -> TensorSpec:
         """The weight as it was: its shape, and for a dtype that of the scale."""
         scale = source.tensors.get(f"{module}.weight_scale")
-        known = dict(source.linears())
+        known = source.linear_shapes
         shape = known[module] if module in known else source.tensors[f"{module}.weight"].shape
         return TensorSpec(f"{module}.weight", scale.dtype if scale else "F32", shape)
 
@@ -131,5 +131,5 @@ class Int8Layout(BaseModel):
 
     def engines(self, source: Source) -> dict[str, str]:
         """As the step `int8` says of its formats."""
-        split = len(int8_modules(source.tensors.values())) < len(dict(source.linears()))
+        split = len(int8_modules(source.tensors.values())) < len(source.linear_shapes)
         return formats.engines(self._layout(source), split=split)

@@ -107,7 +107,7 @@ class Int8(BaseModel):
 
     def _remarks(self, source: Source) -> list[str]:
         remarks = [f"{source.family.head} is kept in 16 bit" + (" (tied)" if source.tied else "")]
-        kept = len(dict(source.linears())) - len(self._modules(source))
+        kept = len(source.linear_shapes) - len(self._modules(source))
         if kept:
             remarks.append(f"{kept} linear layers are kept by select, keep or family")
         if self.mode == "static":

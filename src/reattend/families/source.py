@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -90,6 +91,11 @@ class Source:
     def layer_prefix(self, layer: int | str) -> str:
         """Return what the names of a layer's tensors begin with, as `model.layers.3.`."""
         return f"{self.prefix}{self.family.layer}.{layer}."
+
+    @cached_property
+    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """The weight shapes of `linears` by module, looked up often: worked out once."""
+        return dict(self.linears())
 
     def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Yield (module name, weight shape as stored) of every linear layer of every layer."""

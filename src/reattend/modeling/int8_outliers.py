@@ -32,7 +32,7 @@ def read_outliers(checkpoint: Checkpoint) -> dict[str, Outliers]:
         tensors = load_file(Path(checkpoint.files.name) / file)
         for module in {name.rpartition(".")[0] for name in specs}:
             columns = tensors[f"{module}.outlier_columns"]
-            _check_columns(columns, _shapes(source)[module][1], f"{checkpoint.files.name}/{file}", module)
+            _check_columns(columns, source.linear_shapes[module][1], f"{checkpoint.files.name}/{file}", module)
             found[module] = Outliers(columns, tensors[f"{module}.outlier_weight"])
     return found
 
@@ -60,17 +60,13 @@ def _specs(checkpoint: Checkpoint, source: Source, file: str) -> dict[str, Tenso
     prefix = source.layer_prefix(int(file[-len("00000.safetensors") :].partition(".")[0]))
     for name, spec in specs.items():
         module, _, kind = name.rpartition(".")
-        if module not in _shapes(source) or not module.startswith(prefix):
+        if module not in source.linear_shapes or not module.startswith(prefix):
             raise Refusal(f"{where}: tensor {name!r} belongs to no linear of the layer")
         partner = {"outlier_columns": "outlier_weight", "outlier_weight": "outlier_columns"}.get(kind)
         if f"{module}.{partner}" not in specs:
             raise Refusal(f"{where}: tensor {name!r} has no partner")
-        _check_spec(spec, specs[f"{module}.{partner}"], _shapes(source)[module], where)
+        _check_spec(spec, specs[f"{module}.{partner}"], source.linear_shapes[module], where)
     return specs
-
-
-def _shapes(source: Source) -> dict[str, tuple[int, int]]:
-    return dict(source.linears())
 
 
 def _check_spec(spec: TensorSpec, partner: TensorSpec, shape: tuple[int, int], where: str) -> None:
