@@ -56,7 +56,10 @@ class Transform(Protocol):
         statistics: "Statistics",
         source: Source,
     ) -> "dict[str, Tensor]":
-        """Turn a group's tensors into the ones that it writes. Pure; `statistics` is read when asked for."""
+        """Turn a group's tensors into the ones that it writes. Pure; `statistics` is read when asked for.
+
+        `tensors` lie in memory that the next group's are read into: nothing may hold on to them.
+        """
 
     def edit_config(self, source: Source, statistics: "Statistics") -> dict[str, Any]:
         """Return the config of the result, a new dict; while planning, `statistics` is empty."""

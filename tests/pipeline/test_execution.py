@@ -1,3 +1,4 @@
+import errno
 import functools
 import hashlib
 import json
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import reattend
 from children import CONTEXT, apply_slowly
+from reattend.checkpoint import staging
 from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Failure, Refusal, first_line
 from reattend.pipeline import execution, verification
@@ -217,6 +219,26 @@ def test_a_disk_that_fills_up_leaves_no_output_and_resumes(models, sound, tmp_pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "out").exists()
+    reattend.apply("int8", models("llama"), tmp_path / "out", resume=True)
+    assert digest(tmp_path / "out") == digest(sound)
+
+
+def test_what_could_not_be_synced_is_not_counted_as_done(models, sound, tmp_path, monkeypatch):
+    syncs = []
+
+    def sync(descriptor):
+        syncs.append(descriptor)
+        if len(syncs) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")  # as it comes where blocks are allocated late
+
+    with monkeypatch.context() as patched:
+        patched.setattr(staging, "_SYNC_BYTES", 1)
+        patched.setattr(os, "fdatasync", sync)
+        with pytest.raises(Failure, match=r"No space left on device.*--resume"):
+            reattend.apply("int8", models("llama"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    _, *noted = (tmp_path / ".out.partial" / staging.JOURNAL).read_text().splitlines()
+    assert noted == ["[0]", "[1]"]
     reattend.apply("int8", models("llama"), tmp_path / "out", resume=True)
     assert digest(tmp_path / "out") == digest(sound)
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ class Staging:
         self._shards: dict[str, int] = {}
         self._pending: list[int] = []
         self._unsynced = 0
+        self._syncer = ThreadPoolExecutor(1)  # work goes on while the disk is written to
+        self._syncing: Future[None] | None = None
 
     def __enter__(self) -> "Staging":
         try:
@@ -178,16 +181,29 @@ class Staging:
         """Count a group as written; the journal learns of it once its bytes are on the disk."""
         self._pending.append(group)
         if self._unsynced >= _SYNC_BYTES:
-            self.sync()
+            self._start_sync()
 
     def sync(self) -> None:
         """Bring the pending groups to the disk, then note them."""
+        self._start_sync()
+        self._await_sync()
+
+    def _start_sync(self) -> None:
+        self._await_sync()  # one at a time: what waits for the disk stays bounded
+        pending, self._pending, self._unsynced = self._pending, [], 0
+        self._syncing = self._syncer.submit(self._bring_to_disk, pending)
+
+    def _await_sync(self) -> None:
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.result()
+
+    def _bring_to_disk(self, groups: list[int]) -> None:
         for shard in self._shards.values():
             os.fdatasync(shard)
-        if self._pending:
-            self._note(self._pending)
-        self.done.update(self._pending)
-        self._pending, self._unsynced = [], 0
+        if groups:
+            self._note(groups)
+        self.done.update(groups)
 
     def add_file(self, file: str, data: bytes) -> None:
         """Write a whole small file of the output."""
@@ -217,10 +233,12 @@ class Staging:
 
     def discard(self) -> None:
         """Remove the folder, the journal last: until then the folder is known as ours."""
+        self._syncer.shutdown()
         self._clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __exit__(self, *_: object) -> None:
+        self._syncer.shutdown()
         for shard in self._shards.values():
             os.close(shard)
         self._journal.close()

@@ -1,7 +1,7 @@
 """Between bytes and torch: read a stored tensor, view a tensor's bytes, check that numbers are finite."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from reattend.checkpoint.header import StoredTensor
 from reattend.errors import Failure
 
 BLOCK_BYTES = 8 << 20
+_ALIGNMENT = 64  # of a tensor in memory, as allocators give it
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
@@ -25,10 +26,32 @@ class ShardReader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[str, int] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def read_group(self, group: Sequence[StoredTensor]) -> dict[str, Tensor]:
+        """Return tensors by name, in memory that the next call uses again: fresh pages cost as much as the copy."""
+        needed = sum(_aligned(stored.spec.nbytes) for stored in group)
+        if needed > len(self._memory):
+            del self._memory  # first, or both would count
+            self._memory = torch.empty(needed, dtype=torch.uint8)
+        tensors, start = {}, 0
+        for stored in group:
+            data = self._memory[start : start + stored.spec.nbytes]
+            tensors[stored.spec.name] = self._read_into(stored, data)
+            start += _aligned(stored.spec.nbytes)
+        return tensors
 
     def read(self, stored: StoredTensor) -> Tensor:
         """Return the whole tensor in its stored dtype and shape."""
-        data = torch.empty(stored.spec.nbytes, dtype=torch.uint8)
+        return self._read_into(stored, torch.empty(stored.spec.nbytes, dtype=torch.uint8))
+
+    def expect(self, group: Sequence[StoredTensor]) -> None:
+        """Tell the system that `group` is read next, so that the disk works while we compute."""
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            for stored in group:
+                os.posix_fadvise(self._file(stored), stored.start, stored.spec.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _read_into(self, stored: StoredTensor, data: Tensor) -> Tensor:
         self._fill(stored, data, 0)
         return data.view(TORCH_DTYPES[stored.spec.dtype]).reshape(stored.spec.shape)
 
@@ -40,13 +63,16 @@ class ShardReader:
             self._fill(stored, block, offset)
             yield offset, block
 
-    def _fill(self, stored: StoredTensor, data: Tensor, offset: int) -> None:
+    def _file(self, stored: StoredTensor) -> int:
         if stored.file not in self._open:
             self._open[stored.file] = os.open(self._folder / stored.file, os.O_RDONLY)
+        return self._open[stored.file]
+
+    def _fill(self, stored: StoredTensor, data: Tensor, offset: int) -> None:
         view = bytes_view(data)
-        position = stored.start + offset
+        file, position = self._file(stored), stored.start + offset
         while view:
-            count = os.preadv(self._open[stored.file], [view[:CALL_BYTES]], position)
+            count = os.preadv(file, [view[:CALL_BYTES]], position)
             if not count:
                 raise Failure(f"{stored.file}: ended inside tensor {stored.spec.name!r} (changed meanwhile?)")
             view, position = view[count:], position + count
@@ -56,6 +82,10 @@ class ShardReader:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def bytes_view(data: Tensor) -> memoryview:

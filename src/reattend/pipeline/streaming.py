@@ -1,6 +1,7 @@
 """Stream a step's groups from shards to the staged output."""
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -27,8 +28,10 @@ def stream(
     progress("rewriting", done, checkpoint.nbytes)
     todo = [number for number in range(len(sizes)) if number not in staging.done]
     try:
-        for number in todo:
+        for number, following in zip_longest(todo, todo[1:]):
             group = stage.groups[number]
+            if following is not None:
+                reader.expect([checkpoint.tensors[name] for name in stage.groups[following].reads])
             if stage.is_copy(group):
                 _copy(stage, checkpoint, group, reader, staging)
             else:
@@ -57,7 +60,7 @@ def _rewrite(
     staging: Staging,
     statistics: Statistics,
 ) -> None:
-    tensors = {name: reader.read(checkpoint.tensors[name]) for name in group.reads}
+    tensors = reader.read_group([checkpoint.tensors[name] for name in group.reads])
     written = stage.transform.apply(group, tensors, statistics, stage.source)
     for spec in group.writes:
         tensor = written[spec.name]
