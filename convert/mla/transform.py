@@ -54,16 +54,28 @@ class Mla(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: Literal["mla"] = "mla"
-    latent_rank: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    latent_rank: Annotated[int, Field(ge=1, strict=True)] | Literal["auto"] = Field(
         512, description="latent numbers per token (kernels know 512), or auto: what cache_budget allows"
     )
-    cache_budget: float | None = Field(None, gt=0, le=1, description="with auto: most of the source's cache to keep")
-    rope_dim: int = Field(64, ge=2, multiple_of=2, description="rotary numbers per token (kernels know 64)")
+    cache_budget: float | None = Field(
+        None, gt=0, le=1, strict=True, description="with auto: most of the source's cache to keep"
+    )
+    rope_dim: int = Field(
+        64, ge=2, strict=True, multiple_of=2, description="rotary numbers per token (kernels know 64)"
+    )
     target: Literal["transformers", "vllm"] = Field("transformers", description="whose deepseek_v3 must hold it")
-    refit: bool = Field(True, description="fit each layer to the source's attention output after the closed form")
-    refit_steps: int = Field(24, ge=1, description="steps per layer")
-    refit_rate: float = Field(3e-3, gt=0, description="relative change of a matrix per step, falling as a cosine")
-    refit_windows: int = Field(2, ge=1, description="calibration windows per step")
+    refit: bool = Field(
+        True, strict=True, description="fit each layer to the source's attention output after the closed form"
+    )
+    refit_steps: int = Field(24, ge=1, strict=True, description="steps per layer")
+    refit_rate: float = Field(
+        3e-3,
+        gt=0,
+        strict=True,
+        allow_inf_nan=False,
+        description="relative change of a matrix per step, falling as a cosine",
+    )
+    refit_windows: int = Field(2, ge=1, strict=True, description="calibration windows per step")
 
     @model_validator(mode="after")
     def _check_budget(self) -> "Mla":
