@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -37,21 +38,23 @@ def _compiler() -> str | None:
 
 @functools.cache
 def library(source: Path) -> ctypes.CDLL:
-    """Return the library of a source, from the user's cache or built into it."""
-    code, compiler = source.read_bytes(), str(_compiler())
+    """Return the library of a source and the headers beside it, from the user's cache or built into it."""
+    compiler = str(_compiler())
+    code = {file.name: file.read_bytes() for file in [source, *sorted(source.parent.glob("*.h"))]}
     key = hashlib.sha256(repr((code, compiler, _FLAGS, torch.__version__)).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reattend"
     built = cache / f"{source.parent.name}-{key}.so"
     if not built.exists():
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            _build(compiler, code, Path(folder)).replace(built)
+            _build(compiler, code, source.name, Path(folder)).replace(built)
     return ctypes.CDLL(str(built))
 
 
-def _build(compiler: str, source: bytes, folder: Path) -> Path:
-    code, unit, made = folder / "native.c", folder / "native.o", folder / "native.so"
-    code.write_bytes(source)
+def _build(compiler: str, files: Mapping[str, bytes], source: str, folder: Path) -> Path:
+    code, unit, made = folder / source, folder / "native.o", folder / "native.so"
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     # Torch's own OpenMP library: a second one would start threads that fight torch's for the cores.
     lib = Path(torch.__file__).parent
     found = [*lib.glob("lib/libgomp*.so*"), *lib.parent.glob("torch.libs/libgomp*.so*")]

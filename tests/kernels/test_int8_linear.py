@@ -22,10 +22,21 @@ SHAPES = [
     (3, 100, 17),
     (6, 64, 16),
     (7, 64, 16),
+    (12, 191, 70),
     (63, 130, 35),
     (100, 575, 33),
     (13, 4097, 20),
 ]
+
+
+# Hosts with VNNI must also be right with the instructions of those without.
+INSTRUCTIONS = ["best", "avx2"] if not native.unavailable() and native.has_vnni() else ["best"]
+
+
+@pytest.fixture(autouse=True, params=INSTRUCTIONS)
+def _instructions(request, monkeypatch):
+    if request.param == "avx2":
+        monkeypatch.setattr(native, "has_vnni", lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -120,13 +131,14 @@ def test_zero_rows_give_the_bias_and_bad_rows_nan(backend, count):
 
 
 @pytest.mark.skipif(bool(native.unavailable()), reason="no native")
-@pytest.mark.parametrize("count", [1, 6, 7, 40])
-def test_sums_are_exact_at_full_range(count):
-    # All-127 operands are what saturates in 16-bit pair sums.
-    x = torch.full((count, 4096), 127.0)
-    codes = torch.full((17, 4096), 127, dtype=torch.int8)
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 40])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_are_exact_at_full_range(count, sign):
+    # All-127 operands are what saturates in 16-bit pair sums; as many as fit also wrap sums of unsigned bytes.
+    x = torch.full((count, native.MAX_INPUTS), 127.0)
+    codes = torch.full((17, native.MAX_INPUTS), 127 * sign, dtype=torch.int8)
     y = int8_linear(x, codes, torch.ones(17), backend="native")
-    assert torch.equal(y, torch.full_like(y, float(127 * 127 * 4096)))
+    assert torch.equal(y, torch.full_like(y, float(127 * 127 * native.MAX_INPUTS * sign)))
 
 
 def test_any_leading_shape_and_strides():
