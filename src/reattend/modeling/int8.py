@@ -17,12 +17,37 @@ from reattend.kernels.int8_linear.reference import outlier_columns, quantize_row
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 
 
+class _Dequantised(Tensor):
+    """A weight made from codes at each access: what is written to it would be lost, as when an adapter is merged."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+
+    @property  # type: ignore[misc]
+    def data(self) -> Tensor:
+        """Refuse: merging adapters goes through it."""
+        raise RuntimeError("int8 weights can't be written to: keep the adapter, or merge it into the source model")
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The layer's product; backwards as if it had not rounded its input (as bitsandbytes' MatMul8bitLt)."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, layer: "Int8Linear") -> Tensor:
+        ctx.layer = layer
+        return layer.product(input)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.layer.effective_weight().to(gradient.dtype), None
+
+
 class Int8Linear(nn.Linear):
     """A linear layer on int8 codes (O, I) and fp32 scales (O,), with optional bias (O,) and outlier columns.
 
     Everything it holds is a buffer, and no cast touches a buffer's dtype: `.to()`, `.half()`, `deepcopy` and
     `state_dict` carry the same codes and scales along. It computes in its input's dtype. It is a `nn.Linear`
-    to adapters, which read `weight` (dequantised at each access) and wrap it.
+    to adapters, which read `weight` (dequantised at each access) and wrap it; gradients pass it straight through.
     """
 
     codes: Tensor
@@ -47,8 +72,15 @@ class Int8Linear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantised weight (O, I) in fp32, made anew."""
-        return self.codes.float() * self.scale[:, None]
+        """The dequantised weight (O, I) in fp32, made anew, which nothing can be written to."""
+        return (self.codes.float() * self.scale[:, None]).as_subclass(_Dequantised)
+
+    def effective_weight(self) -> Tensor:
+        """Return what multiplies an input that is not rounded (all outputs, I): outlier columns in floating point."""
+        weight = self.codes.float() * self.scale[:, None]
+        if self.outlier_columns is not None and self.outlier_weight is not None:
+            weight[:, self.outlier_columns] = self.outlier_weight
+        return weight
 
     @property
     def outliers(self) -> Outliers | None:
@@ -59,6 +91,13 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """See `int8_linear`."""
+        if input.requires_grad and torch.is_grad_enabled():
+            out: Tensor = _StraightThrough.apply(input, self)  # type: ignore[no-untyped-call]
+            return out
+        return self.product(input)
+
+    def product(self, input: Tensor) -> Tensor:
+        """Return the layer's output, with no gradient."""
         held = self._buffers  # nn.Module's attribute look-up costs as much as a small product
         columns, weight = held["outlier_columns"], held["outlier_weight"]
         outliers = None if columns is None or weight is None else Outliers(columns, weight)
@@ -108,6 +147,16 @@ class _First(Int8Linear):
         self.out_features = self.sizes[0]
         self._waiting: dict[int, tuple[Tensor, int, Tensor]] = {}
 
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The first layer's dequantised weight."""
+        return self.weight_of(0)
+
+    def weight_of(self, part: int) -> Tensor:
+        """Return one layer's dequantised weight."""
+        rows = self._rows(part)
+        return (self.codes[rows].float() * self.scale[rows, None]).as_subclass(_Dequantised)
+
     def forward(self, input: Tensor) -> Tensor:
         """Compute all parts; return the first."""
         own: Tensor
@@ -120,10 +169,14 @@ class _First(Int8Linear):
         waiting = self._waiting.pop(part, None)
         if waiting is not None and waiting[0] is input and waiting[1] == _version(input):
             return waiting[2]
+        return self._alone(part)(input)
+
+    def _alone(self, part: int) -> Int8Linear:
+        """One of the layers, on views of the joined buffers."""
         rows = self._rows(part)
         outliers = None if self.outliers is None else Outliers(self.outliers.columns, self.outliers.weight[rows])
-        return int8_linear(
-            input, self.codes[rows], self.scale[rows], None if self.bias is None else self.bias[rows],
+        return Int8Linear(
+            self.codes[rows], self.scale[rows], None if self.bias is None else self.bias[rows],
             activations=self.activations, outliers=outliers, threshold=self.threshold,
         )  # fmt: skip
 
@@ -140,13 +193,21 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-class _Later(nn.Module):
+class _Later(nn.Linear):
     """A layer whose product `_First` computed; the reference is no submodule, so nothing is stored twice."""
 
+    bias: Any
+
     def __init__(self, first: _First, part: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self._first, self._part = (first,), part
         self.in_features, self.out_features = first.in_features, first.sizes[part]
+        self.bias = None  # that of its product is in the joined layer
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Its dequantised weight."""
+        return self._first[0].weight_of(self._part)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return this layer's part."""
