@@ -34,7 +34,7 @@ ALLOWED = {
     "evaluation": {"checkpoint", "errors", "families", "modeling", "progress", "texts"},
     "kernels": set(),
     "convert": {"calibration", "checkpoint", "convert", "errors", "families", "transform"},
-    "quantize": {"calibration", "checkpoint", "errors", "families", "quantize", "transform"},
+    "quantize": {"calibration", "checkpoint", "errors", "families", "kernels", "quantize", "transform"},
     "recipes": {"errors"},
     "pipeline": {
         "calibration",

@@ -214,6 +214,15 @@ class Mla(BaseModel):
         native = native_specs(geometry, self.rope_dim, self._rank(geometry), biased=self._biased).values()
         return 8 * source.num_layers * (moments + sum(math.prod(shape) for shape in native))
 
+    @property
+    def undecided(self) -> bool:
+        """Sizes are known from the headers."""
+        return False
+
+    def settled(self, findings: Mapping[str, Any]) -> "Mla":
+        """Return the step."""
+        return self
+
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield one group per layer's attention, and the embedding where the head has to be untied."""
         geometry = read_geometry(source)

@@ -65,7 +65,7 @@ def _smoothed(layer: LayerPass, source: Source, feed: Feed, shared: SharedInput)
     fit, choose = (shared.finite_rows(text) for text in ("calibration", "selection"))
     s_R, before, after = best_factors(fit, choose, weights, shared.absmax, owner_I)
     producer = layer.module.get_parameter(f"{feed.producer}.weight").detach()
-    held = _dtype(layer, source, feed.producer)
+    held = stored_dtype(layer, source, feed.producer)
     factors = s_R if producer.dim() > 1 else _held(producer.float(), s_R, held)
     return {
         f"{feed.producer}.factors": factors,
@@ -73,7 +73,7 @@ def _smoothed(layer: LayerPass, source: Source, feed: Feed, shared: SharedInput)
     }
 
 
-def _dtype(layer: LayerPass, source: Source, module: str) -> torch.dtype:
+def stored_dtype(layer: LayerPass, source: Source, module: str) -> torch.dtype:
     """The dtype in which the checkpoint holds a module's weight; the model may be loaded in another."""
     return TORCH_DTYPES[source.tensors[f"{source.layer_prefix(layer.index)}{module}.weight"].dtype]
 
@@ -100,7 +100,7 @@ def _compensated(
     for name in shared.linears:
         weight = layer.module.get_parameter(f"{name}.weight").detach()
         moved = migrate(f"{name}.weight", weight, found, source)
-        scale = channel_scale(moved, _dtype(layer, source, name))
+        scale = channel_scale(moved, stored_dtype(layer, source, name))
         codes[f"{name}.codes"] = compensated_codes(moved, scale, second)
         codes[f"{name}.scale"] = scale
     return codes
@@ -111,7 +111,7 @@ def _static(layer: LayerPass, source: Source, shared: SharedInput) -> dict[str, 
     weights = {name: layer.module.get_parameter(f"{name}.weight").detach() for name in shared.linears}
     columns, curve = removal_order(shared.finite_rows("calibration"), list(weights.values()), MOST_COLUMNS)
     found = {
-        f"{name}.slice": weight[:, columns.to(weight.device)].to(_dtype(layer, source, name))
+        f"{name}.slice": weight[:, columns.to(weight.device)].to(stored_dtype(layer, source, name))
         for name, weight in weights.items()
     }
     return {f"{shared.linears[0]}.columns": columns, f"{shared.linears[0]}.curve": curve} | found

@@ -86,6 +86,15 @@ class Int8Layout(BaseModel):
         """None."""
         return 0
 
+    @property
+    def undecided(self) -> bool:
+        """Nothing is: the step does not calibrate."""
+        return False
+
+    def settled(self, findings: Mapping[str, Any]) -> "Int8Layout":
+        """Return the step."""
+        return self
+
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield one group per int8 linear."""
         for module in int8_modules(source.tensors.values()):

@@ -48,6 +48,22 @@ def migrate(name: str, tensor: Tensor, factors: Mapping[str, Tensor], source: So
     return moved
 
 
+def input_factors(module: str, factors: Mapping[str, Tensor], source: Source) -> Tensor | None:
+    """Return what the input of a linear is divided by (I,), nothing where it is left alone."""
+    for feed in source.family.feeds:
+        if module in feed.consumers and f"{feed.producer}.factors" in factors:
+            return factors[f"{feed.producer}.factors"][owners(feed, source)]
+    return None
+
+
+def output_factors(module: str, outputs: int, factors: Mapping[str, Tensor], source: Source) -> Tensor | None:
+    """Return what the outputs of a linear are divided by (O,), nothing where they are left alone."""
+    for feed in source.family.feeds:
+        if module == feed.producer and f"{feed.producer}.factors" in factors:
+            return 1 / _divided(torch.ones(outputs), feed, factors[f"{feed.producer}.factors"], source)
+    return None
+
+
 def _divided(tensor: Tensor, feed: Feed, s_R: Tensor, source: Source) -> Tensor:
     start, stop = (source.size(symbol) for symbol in feed.rows) if feed.rows else (0, len(s_R))
     divisor = tensor.new_ones(len(tensor))

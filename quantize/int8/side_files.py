@@ -3,13 +3,14 @@
 They lie in a folder of their own, as engines take every safetensors file beside `config.json` for weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from reattend.checkpoint.index import OUTLIERS
+from reattend.kernels.int8_linear import Outliers
 from reattend.quantize.int8.outliers import allocate, ascending
 from reattend.transform import Statistics
 
@@ -26,20 +27,30 @@ def choose_columns(layers: Sequence[str], statistics: Statistics, budget: int) -
     return {name: torch.tensor(count) for name, count in allocate(curves, costs, budget).items()}
 
 
-def layer_file(prefix: str, layer: int, statistics: Statistics) -> tuple[str, bytes]:
-    """Return the name and bytes of a layer's file: `MODULE.outlier_columns` (N,) and `.outlier_weight` (O, N)."""
-    learned, counts = statistics[str(layer)], statistics["columns"]
+def layer_file(prefix: str, layer: int, statistics: Statistics, modules: Container[str]) -> tuple[str, bytes]:
+    """Return the name and bytes of a layer's file: `MODULE.outlier_columns` (N,) and `.outlier_weight` (O, N).
+
+    Without the linears that are not among `modules` (full names).
+    """
     tensors: dict[str, Tensor] = {}
+    for name, outliers in chosen_outliers(layer, statistics).items():
+        if f"{prefix}{name}" in modules:
+            tensors[f"{prefix}{name}.outlier_columns"] = outliers.columns.clone()
+            tensors[f"{prefix}{name}.outlier_weight"] = outliers.weight
+    return f"{OUTLIERS}/layer-{layer:05d}.safetensors", save(tensors, {"format": "pt"})
+
+
+def chosen_outliers(layer: int, statistics: Statistics) -> dict[str, Outliers]:
+    """Return the columns and float slices of a layer's linears that have any, by name within the layer."""
+    learned, counts = statistics[str(layer)], statistics["columns"]
+    chosen: dict[str, Outliers] = {}
     for first in _firsts(learned):
-        count = int(counts[f"{layer}.{first}"])
-        names = _sharers(learned, first)
+        count, names = int(counts[f"{layer}.{first}"]), _sharers(learned, first)
         slices = [learned[f"{name}.slice"][:, :count] for name in names]
         columns, slices = ascending(learned[f"{first}.columns"][:count], slices)
-        for name, piece in zip(names, slices, strict=True):
-            if count:
-                tensors[f"{prefix}{name}.outlier_columns"] = columns.clone()
-                tensors[f"{prefix}{name}.outlier_weight"] = piece
-    return f"{OUTLIERS}/layer-{layer:05d}.safetensors", save(tensors, {"format": "pt"})
+        if count:
+            chosen |= {name: Outliers(columns, piece) for name, piece in zip(names, slices, strict=True)}
+    return chosen
 
 
 def _firsts(learned: dict[str, Tensor]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from reattend.calibration.layerwise import LayerPass
 from reattend.checkpoint.header import TensorSpec
 from reattend.checkpoint.index import OUTLIERS
 from reattend.errors import Refusal
@@ -20,11 +21,13 @@ from reattend.quantize.int8.checks import (
     check_smoothing,
     check_source,
 )
+from reattend.quantize.int8.findings import findings
 from reattend.quantize.int8.formats import Format, document, engines, specs, unquantised
 from reattend.quantize.int8.formats import tensors as layout_tensors
-from reattend.quantize.int8.formulas import quantize_channels
+from reattend.quantize.int8.keeping import Keeping, Linears
 from reattend.quantize.int8.migration import layer_tensors, migrate
-from reattend.quantize.int8.side_files import choose_columns, layer_file
+from reattend.quantize.int8.side_files import choose_columns, chosen_outliers, layer_file
+from reattend.quantize.int8.simulation import Simulated, codes_of, simulate
 from reattend.transform import Group, Passes, Statistics
 
 
@@ -51,17 +54,24 @@ class Int8(BaseModel):
         6.0, gt=0, strict=True, allow_inf_nan=False, description="magnitude from which a value is a dynamic outlier"
     )
     outlier_share: float = Field(
-        0.05,
-        gt=0,
-        le=1,
-        strict=True,
-        description="numbers that static columns may add, as a share of the quantised weights",
+        0.05, gt=0, le=1, strict=True, description="numbers that static columns may add, as a share of the weights"
     )
     rounding: Literal["nearest", "compensated"] = Field(
         "nearest", description="compensated: weights make up for each other's rounding (needs a calibration text)"
     )
     select: tuple[str, ...] = Field(("*",), description="linear layers to quantise")
-    keep: tuple[str, ...] = Field((), description="linear layers to leave in 16 bit")
+    keep: Literal["auto"] | tuple[str, ...] = Field(
+        (),
+        description="linear layers to leave in 16 bit, or auto: the worst, as few as `keep_budget` allows (needs a "
+        "selection text)",
+    )
+    keep_budget: float = Field(
+        0.01,
+        gt=0,
+        strict=True,
+        allow_inf_nan=False,
+        description="with keep: auto: the relative rise of perplexity on the selection text that is allowed",
+    )
 
     @property
     def tolerance(self) -> float:
@@ -72,7 +82,7 @@ class Int8(BaseModel):
         """Refuse quantised sources, Conv1D layers, non-float weights, and settings that fit nothing there."""
         self._check_settings()
         check_source(source)
-        check_selectors((*self.select, *self.keep), source)
+        check_selectors((*self.select, *self._kept), source)
         modules = self._modules(source)
         if not modules:
             raise Refusal("int8: select and keep together leave no layer to quantise")
@@ -82,7 +92,7 @@ class Int8(BaseModel):
             check_dtypes(names, source, CALIBRATED, "calibrated from F32, F16 and BF16 only")
         if self.mode == "smooth":
             check_smoothing(source)
-        for layer in range(source.num_layers if self.texts else 0):
+        for layer in range(source.num_layers if self._learns else 0):
             check_dtypes(
                 self._layer_reads(source, layer), source, CALIBRATED, "calibrated from F32, F16 and BF16 only"
             )
@@ -97,6 +107,8 @@ class Int8(BaseModel):
         for key, mode in (("threshold", "dynamic"), ("outlier_share", "static")):
             if getattr(self, key) != fields[key].default and self.mode != mode:
                 raise Refusal(f"int8: {key}: does nothing with outliers: {self.mode}, only with {mode}")
+        if self.keep_budget != fields["keep_budget"].default and not self.undecided:
+            raise Refusal("int8: keep_budget: does nothing without keep: auto")
 
     @property
     def mode(self) -> str:
@@ -110,6 +122,8 @@ class Int8(BaseModel):
         kept = len(source.linear_shapes) - len(self._modules(source))
         if kept:
             remarks.append(f"{kept} linear layers are kept by select, keep or family")
+        if self.undecided:
+            remarks.append("keep: auto: sizes are those of a model with nothing kept; calibration decides")
         if self.mode == "static":
             most = self._column_budget(source)
             remarks.append(f"up to {most} numbers of outlier columns go to {OUTLIERS}/, in the weights' dtypes")
@@ -127,8 +141,25 @@ class Int8(BaseModel):
             module
             for module, _ in source.linears()
             if any(fnmatch.fnmatchcase(module, p) for p in self.select)
-            and not any(fnmatch.fnmatchcase(module, p) for p in self.keep)
+            and not any(fnmatch.fnmatchcase(module, p) for p in self._kept)
         ]
+
+    @property
+    def _kept(self) -> tuple[str, ...]:
+        """The selectors of `keep`; none before calibration has decided."""
+        return () if self.keep == "auto" else self.keep
+
+    @property
+    def undecided(self) -> bool:
+        """Whether `keep: auto` is still to be decided."""
+        return self.keep == "auto"
+
+    def settled(self, findings: Mapping[str, Any]) -> "Int8":
+        """Return the step with the linears that were kept by name."""
+        if not self.undecided:
+            return self
+        default = type(self).model_fields["keep_budget"].default
+        return self.model_copy(update={"keep": tuple(findings["kept"]), "keep_budget": default})
 
     @property
     def _layout(self) -> Format:
@@ -144,13 +175,14 @@ class Int8(BaseModel):
             total += rows * (columns + 4) if self.rounding == "compensated" else 0
             total += rows * min(MOST_COLUMNS, columns) * weight.nbytes // weight.numel if self.mode == "static" else 0
             total += 4 * columns if self.mode == "smooth" else 0
+            total += weight.nbytes - rows * (columns + 4) if self.undecided else 0  # should all be kept
         return total
 
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield one group per linear layer, or, where calibration ties them together, per decoder layer."""
         taken = {f"{module}.weight" for module in self._modules(source)}
         tied: set[str] = set()
-        for layer in range(source.num_layers if self.texts else 0):
+        for layer in range(source.num_layers if self._learns else 0):
             if names := self._layer_reads(source, layer):
                 tied |= set(names)
                 yield Group(tuple(names), self._writes(source, names, taken), key=str(layer))
@@ -171,13 +203,23 @@ class Int8(BaseModel):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Smoothing is fitted to one text and chosen on another; columns and compensation need the first."""
-        if self.mode == "smooth":
-            return ("calibration", "selection")
-        return ("calibration",) if self.mode == "static" or self.rounding == "compensated" else ()
+        """Smoothing is fitted to one text and chosen on another, where `keep: auto` measures too."""
+        selection = ("selection",) if self.mode == "smooth" or self.undecided else ()
+        return (("calibration",) if self._learns else ()) + selection
+
+    @property
+    def _learns(self) -> bool:
+        return self.mode in ("smooth", "static") or self.rounding == "compensated"
 
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
-        """Find every layer's smoothing factors, compensated codes and outlier columns."""
+        """Find every layer's smoothing factors, compensated codes and outlier columns; then decide what to keep."""
+        if self._learns:
+            self._learn(source, passes, statistics)
+        if self.undecided:
+            linears = self._simulation(source, statistics)
+            Keeping(linears, source.layer_prefix, self.keep_budget).decide(passes, statistics)
+
+    def _learn(self, source: Source, passes: Passes, statistics: Statistics) -> None:
         wanted = Learned(
             frozenset(self._modules(source)), smooth=self.mode == "smooth", static=self.mode == "static",
             compensate=self.rounding == "compensated",
@@ -189,10 +231,27 @@ class Int8(BaseModel):
             layers = [str(i) for i in range(source.num_layers)]
             statistics["columns"] = choose_columns(layers, statistics, self._column_budget(source))
 
+    def _simulation(self, source: Source, statistics: Statistics) -> Linears:
+        options: dict[str, Any] = {"activations": self.activations}
+        if self.mode == "dynamic":
+            options["threshold"] = self.threshold
+
+        def linears(layer: LayerPass) -> dict[str, Simulated]:
+            learned = statistics[str(layer.index)] if self._learns else {}
+            outliers = chosen_outliers(layer.index, statistics) if self.mode == "static" else {}
+            prefix = source.layer_prefix(layer.index)
+            names = [m.removeprefix(prefix) for m in self._modules(source) if m.startswith(prefix)]
+            return {
+                name: simulate(layer, name, learned, source, options | {"outliers": outliers.get(name)})
+                for name in names
+            }
+
+        return linears
+
     def side_files(self, source: Source, statistics: Statistics) -> Iterator[tuple[str, bytes]]:
         """Yield the float slices of static outlier columns, a file per layer."""
         for layer in range(source.num_layers if self.mode == "static" else 0):
-            yield layer_file(source.layer_prefix(layer), layer, statistics)
+            yield layer_file(source.layer_prefix(layer), layer, statistics, self._modules(source))
 
     def apply(
         self,
@@ -211,16 +270,9 @@ class Int8(BaseModel):
             if name in kept:
                 written[name] = migrate(short, tensor, learned, source).to(tensor.dtype)
             else:
-                codes, scale = self._codes(short, tensor, learned, source)
+                codes, scale = codes_of(short.removesuffix(".weight"), tensor, learned, source, tensor.dtype)
                 written |= layout_tensors(self._layout, source.tensors[name], codes, scale)
         return written
-
-    def _codes(self, name: str, tensor: Tensor, learned: dict[str, Tensor], source: Source) -> tuple[Tensor, Tensor]:
-        module = name.removesuffix(".weight")
-        if f"{module}.codes" in learned:
-            return learned[f"{module}.codes"], learned[f"{module}.scale"]
-        moved = migrate(name, tensor, learned, source) if learned else tensor
-        return quantize_channels(moved, tensor.dtype)
 
     def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:
         """Add the format's `quantization_config`, and what `reattend.load` does about outliers beyond it."""
@@ -237,28 +289,9 @@ class Int8(BaseModel):
         return config
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
-        """Return by layer the W8A8 error of smoothed inputs, before and after, and the number of static columns."""
-        layers = sorted((name for name in statistics if name.isdigit()), key=int)
-        errors = [_errors(statistics[layer]) for layer in layers]
-        found: dict[str, Any] = {}
-        for name in sorted({name for layer in errors for name in layer}):
-            pairs = [layer.get(name, [None, None]) for layer in errors]
-            found.setdefault("w8a8_error", {})[name] = dict(
-                zip(("before", "after"), zip(*pairs, strict=True), strict=True)
-            )
-        counts = {name.partition(".")[::2]: int(count) for name, count in statistics.get("columns", {}).items()}
-        for linear in sorted({linear for _, linear in counts}):
-            found.setdefault("static_columns", {})[linear] = [counts.get((layer, linear)) for layer in layers]
-        return found
+        """See `quantize.int8.findings`."""
+        return findings(statistics)
 
     def engines(self, source: Source) -> dict[str, str]:
         """vLLM and SGLang fuse q/k/v and gate/up, so those must be quantised together."""
         return engines(self._layout, split=self.select != ("*",) or bool(self.keep))
-
-
-def _errors(learned: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    return {
-        name.removesuffix(".error"): [float(f"{float(value):.3g}") for value in values]
-        for name, values in learned.items()
-        if name.endswith(".error")
-    }

@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from reattend.modeling.loading import load
     from reattend.pipeline.execution import apply
     from reattend.pipeline.planning import plan
+    from reattend.pipeline.sensitivity import sensitivity
     from reattend.pipeline.verification import verify
 
 __version__ = "0.1.0"
-__all__ = ["Failure", "Refusal", "apply", "evaluate", "load", "plan", "verify"]
+__all__ = ["Failure", "Refusal", "apply", "evaluate", "load", "plan", "sensitivity", "verify"]
 
 # Importing torch takes seconds, and `reattend --help` must not: so a name is bound when it is asked for.
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "evaluate": "reattend.evaluation.perplexity",
     "load": "reattend.modeling.loading",
     "plan": "reattend.pipeline.planning",
+    "sensitivity": "reattend.pipeline.sensitivity",
     "verify": "reattend.pipeline.verification",
 }
 

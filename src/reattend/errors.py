@@ -21,8 +21,12 @@ class Refusal(ReattendError, ValueError):
     exit_code = 2
 
 
-class BadNumbersError(Refusal):
-    """The weights hold NaN or inf, or make them, which only reading or running them can tell: no run can succeed."""
+class DeadEndError(Refusal):
+    """What only reading or running the weights can tell, and no run can get around: nothing is kept for `resume`."""
+
+
+class BadNumbersError(DeadEndError):
+    """The weights hold NaN or inf, or make them."""
 
 
 class Failure(ReattendError, RuntimeError):

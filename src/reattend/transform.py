@@ -1,6 +1,6 @@
 """The protocol of a transform: what it checks, which tensors go in and come out, what it edits."""
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,10 +12,18 @@ if TYPE_CHECKING:
 
     from reattend.calibration.layerwise import LayerPass
 
-# Starts a pass over the layers: each call reads the model's weights once more.
-Passes = Callable[[], "Iterator[LayerPass]"]
 # Named groups of tensors, each read from or written to the disk when it is asked for or set.
 Statistics = MutableMapping[str, "dict[str, Tensor]"]
+
+
+class Passes(Protocol):
+    """A model and the tokens of the step's texts."""
+
+    def __call__(self, *texts: str) -> "Iterator[LayerPass]":
+        """Start a pass over the layers with `texts` (default: all): it reads the model's weights once more."""
+
+    def losses(self, text: str, hidden_WTE: "Tensor") -> "Tensor":
+        """Return each window's mean loss (W,), nats per token, given what the last layer put out for a text."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,13 @@ class Transform(Protocol):
 
     def statistics_bytes(self, source: Source) -> int:
         """Return what statistics and side files take on the disk while the step runs, in bytes, at most."""
+
+    @property
+    def undecided(self) -> bool:
+        """Whether calibration decides what is written: then only `settled` knows it, and it must be the last step."""
+
+    def settled(self, findings: Mapping[str, Any]) -> "Transform":
+        """Return the step with what calibration decided, from its `findings`; itself if nothing was open."""
 
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield the groups; tensors in none of them are kept as they are."""

@@ -42,6 +42,13 @@ class Rescale(BaseModel, frozen=True):
     def statistics_bytes(self, source: Any) -> int:
         return 0
 
+    @property
+    def undecided(self) -> bool:
+        return False
+
+    def settled(self, findings: Any) -> Any:
+        return self
+
     def side_files(self, source: Any, statistics: Any) -> Iterator[tuple[str, bytes]]:
         yield f"beside/{self.step}.txt", str(self.factor).encode()
 

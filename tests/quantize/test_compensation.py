@@ -14,6 +14,7 @@ from reattend.families.source import source_of
 from reattend.quantize.int8.compensation import compensated_codes
 from reattend.quantize.int8.formulas import channel_scale, quantize_channels
 from reattend.quantize.int8.inputs import sampled
+from reattend.quantize.int8.simulation import codes_of
 from reattend.quantize.int8.transform import Int8
 from reattend.recipes.schema import Recipe
 
@@ -126,7 +127,7 @@ def test_every_family_loses_less_than_by_nearest_rounding(models, family):
             for name in group.reads:
                 found = statistics[group.key] if group.key else {}
                 short = name.removeprefix(source.layer_prefix(group.key)) if group.key else name
-                codes, scale = step._codes(short, state[name], found, source)
+                codes, scale = codes_of(short.removesuffix(".weight"), state[name], found, source, state[name].dtype)
                 model.state_dict()[name].copy_(codes * scale)
         with torch.inference_mode():
             errors.append(float((model(ids[:4]).logits - exact).norm() / exact.norm()))

@@ -88,6 +88,19 @@ def layer_passes(
                 current.run()
 
 
+def window_losses(model: Any, family: Family, ids_WT: Tensor, hidden_WTE: Tensor) -> Tensor:
+    """Return each window's mean next-token loss in nats (W,), fp64, given what the last layer put out for it."""
+    first = _Given()
+    losses = []
+    with _replaced(_layers(model, family), first, _Recorder), _resident(model, _input_device(model)):
+        for ids, hidden in zip(ids_WT, hidden_WTE, strict=True):
+            first.hidden = hidden[None].to(_input_device(model))
+            with torch.inference_mode():
+                logits = model(ids[None].to(first.hidden.device), use_cache=False).logits[0, :-1].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[1:].to(logits.device)).double().cpu())
+    return torch.stack(losses)
+
+
 def _layers(model: nn.Module, family: Family) -> nn.ModuleList:
     for name in (family.prefix + family.layer, family.layer):
         try:
@@ -113,6 +126,29 @@ class _Recorder(nn.Module):
         return hidden
 
 
+class _Given(nn.Module):
+    """Stands in for the first layer where the outputs of all layers are known."""
+
+    hidden: Tensor
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what was given."""
+        return self.hidden
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, first: nn.Module, others: Callable[[], nn.Module]) -> Iterator[None]:
+    """Put stand-ins in the place of the layers."""
+    originals = list(layers)
+    try:
+        for i in range(len(originals)):
+            layers[i] = others() if i else first
+        yield
+    finally:
+        for i, layer in enumerate(originals):
+            layers[i] = layer
+
+
 def _first_inputs(
     model: nn.Module, layers: nn.ModuleList, tokens: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[Any]]:
@@ -122,16 +158,15 @@ def _first_inputs(
     """
     if len({ids.shape[1] for ids in tokens.values()}) != 1:
         raise ValueError("texts must be cut into windows of one length")
-    originals = list(layers)
-    recorders = [_Recorder() for _ in originals]
-    try:
-        for i, recorder in enumerate(recorders):
-            layers[i] = recorder
-        with _resident(_body(model), _input_device(model)):
-            hidden = {name: _embed(model, recorders[0], ids) for name, ids in tokens.items()}
-    finally:
-        for i, layer in enumerate(originals):
-            layers[i] = layer
+    first = _Recorder()
+    recorders = [first]
+
+    def another() -> _Recorder:
+        recorders.append(_Recorder())
+        return recorders[-1]
+
+    with _replaced(layers, first, another), _resident(_body(model), _input_device(model)):
+        hidden = {name: _embed(model, first, ids) for name, ids in tokens.items()}
     return hidden, [recorder.arguments for recorder in recorders]
 
 

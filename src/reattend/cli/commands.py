@@ -23,12 +23,21 @@ window = click.option("--window", type=click.IntRange(2), help="Tokens in a wind
 _SETTINGS = ("calibration", "selection", "windows", "selection_windows", "window")  # those of the recipe
 
 
-def _run_options(command: Any) -> Any:
-    """The options that `apply` and `convert` share."""
-    settings = (window, selection_windows, windows, selection, calibration)
-    for option in (as_json, *settings, device, overwrite, resume):
+parameters = click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the step (YAML)."
+)
+
+
+def _text_options(command: Any) -> Any:
+    """The options of commands that calibrate."""
+    for option in (as_json, window, selection_windows, windows, selection, calibration, device):
         command = option(command)
     return command
+
+
+def _run_options(command: Any) -> Any:
+    """The options that `apply` and `convert` share."""
+    return resume(overwrite(_text_options(command)))
 
 
 @click.command()
@@ -65,13 +74,19 @@ def _digest(changes: list[dict[str, Any]], most: int = 8) -> list[str]:
     return lines + ([f"and {rest} more: --json lists all"] if rest > 0 else [])
 
 
-def _apply(recipe: Any, model: str, out: str, options: dict[str, Any]) -> None:
-    import reattend
-    from reattend.pipeline.execution import read_findings
+def _with_settings(recipe: Any, options: dict[str, Any]) -> Any:
+    """Take the recipe's own settings out of the options; return the recipe with those that were given."""
     from reattend.recipes.schema import override
 
     settings = {key: options.pop(key) for key in _SETTINGS}
-    recipe = override(recipe, {key: value for key, value in settings.items() if value is not None})
+    return override(recipe, {key: value for key, value in settings.items() if value is not None})
+
+
+def _apply(recipe: Any, model: str, out: str, options: dict[str, Any]) -> None:
+    import reattend
+    from reattend.pipeline.execution import read_findings
+
+    recipe = _with_settings(recipe, options)
     as_json = options.pop("as_json")
     with progress() as report:
         done = reattend.apply(recipe, model, out, progress=report, **options)
@@ -100,7 +115,7 @@ def apply(recipe: str, model: str, out: str, **options: Any) -> None:
 @click.argument("step")
 @click.argument("model")
 @click.argument("out")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the step (YAML).")
+@parameters
 @_run_options
 def convert(step: str, model: str, out: str, settings: tuple[str, ...], **options: Any) -> None:
     """Apply one STEP, such as int8: a recipe of one step."""
@@ -108,6 +123,22 @@ def convert(step: str, model: str, out: str, settings: tuple[str, ...], **option
 
     recipe = parse_recipe({"steps": [{"step": step, **_settings(settings)}]}, "convert")
     _apply(recipe, model, out, options)
+
+
+@click.command()
+@click.argument("model")
+@parameters
+@_text_options
+def sensitivity(model: str, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Measure what int8 in each linear layer of MODEL costs, and what `keep: auto` would keep; nothing is written."""
+    import reattend
+    from reattend.recipes.schema import parse_recipe
+
+    step = {"step": "int8", "keep": "auto", **_settings(settings)}
+    recipe = _with_settings(parse_recipe({"steps": [step]}, "sensitivity"), options)
+    with progress() as report:
+        found = reattend.sensitivity(recipe, model, progress=report, **options)
+    show(found, as_json=as_json)
 
 
 def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
@@ -238,4 +269,4 @@ def demo(out: str, overwrite: bool, as_json: bool) -> None:
 
 
 evaluate.name = "eval"
-COMMANDS = (inspect, plan, apply, convert, verify, evaluate, recipes, demo)
+COMMANDS = (inspect, plan, apply, convert, verify, evaluate, sensitivity, recipes, demo)

@@ -20,10 +20,11 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query",
 class _Dequantised(Tensor):
     """A weight made from codes at each access: what is written to it would be lost, as when an adapter is merged."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+    # What is computed from it is a plain tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @property  # type: ignore[misc]
-    def data(self) -> Tensor:
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
         """Refuse: merging adapters goes through it."""
         raise RuntimeError("int8 weights can't be written to: keep the adapter, or merge it into the source model")
 
@@ -169,7 +170,8 @@ class _First(Int8Linear):
         waiting = self._waiting.pop(part, None)
         if waiting is not None and waiting[0] is input and waiting[1] == _version(input):
             return waiting[2]
-        return self._alone(part)(input)
+        alone: Tensor = self._alone(part)(input)
+        return alone
 
     def _alone(self, part: int) -> Int8Linear:
         """One of the layers, on views of the joined buffers."""

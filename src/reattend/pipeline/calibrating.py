@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from reattend.calibration.layerwise import LayerPass, layer_passes
+from reattend.calibration.layerwise import LayerPass, layer_passes, window_losses
 from reattend.calibration.tokens import sample_tokens
 from reattend.checkpoint.index import MANIFEST, Checkpoint, read_json
 from reattend.checkpoint.staging import Staging, write_whole
 from reattend.errors import Failure, Refusal, first_line
+from reattend.families.source import Source
 from reattend.modeling.loading import load, load_tokenizer
 from reattend.pipeline.planning import Plan, Stage
 from reattend.progress import Progress
@@ -92,22 +93,38 @@ class Calibration:
             return {}
         statistics = StoredStatistics(staging.work / "statistics")
         if not statistics.complete:
-            stage.transform.calibrate(stage.source, self._passes(stage, model), statistics)
+            stage.transform.calibrate(stage.source, self.passes(stage, model), statistics)
             statistics.finish()
         return statistics
 
-    def _passes(self, stage: Stage, folder: Path) -> Passes:
-        """Load the model once; each call of what is returned starts a pass over its layers."""
+    def passes(self, stage: Stage, folder: Path) -> Passes:
+        """Load the model once, for any number of passes over its layers."""
         # fp32 where it costs no speed: statistics are better, and few CPUs compute in 16 bit.
         model, _ = load(folder, dtype="float32" if self.device.startswith("cpu") else "auto", device=self.device)
         tokens = {purpose: self.tokens[purpose] for purpose in stage.transform.texts}
+        return _Passes(model, stage.source, tokens, self.device, self.progress)
 
-        def passes() -> Iterator[LayerPass]:
-            for current in layer_passes(model, stage.source.family, tokens, self.device):
-                yield current
-                self.progress("calibrating", current.index + 1, stage.source.num_layers)
 
-        return passes
+@dataclass(frozen=True)
+class _Passes:
+    """See `Passes`."""
+
+    model: Any
+    source: Source
+    tokens: Mapping[str, Tensor]
+    device: str
+    progress: Progress
+
+    def __call__(self, *texts: str) -> Iterator[LayerPass]:
+        """See `Passes`."""
+        tokens = {text: self.tokens[text] for text in texts or self.tokens}
+        for current in layer_passes(self.model, self.source.family, tokens, self.device):
+            yield current
+            self.progress("calibrating", current.index + 1, self.source.num_layers)
+
+    def losses(self, text: str, hidden_WTE: Tensor) -> Tensor:
+        """See `Passes`."""
+        return window_losses(self.model, self.source.family, self.tokens[text], hidden_WTE)
 
 
 def prepare(planned: Plan, device: str, progress: Progress) -> Calibration:

@@ -13,10 +13,10 @@ import reattend
 from reattend.checkpoint.files import LocalFolder, open_files
 from reattend.checkpoint.index import INDEX, MANIFEST, RECIPE, fingerprint, open_checkpoint
 from reattend.checkpoint.staging import Staging
-from reattend.errors import BadNumbersError, Failure, Refusal
+from reattend.errors import DeadEndError, Failure, Refusal
 from reattend.modeling.loading import check_device
 from reattend.pipeline.calibrating import Calibration, earlier_texts, prepare
-from reattend.pipeline.planning import Plan, Stage, plan
+from reattend.pipeline.planning import Plan, Stage, plan, settle
 from reattend.pipeline.streaming import stream
 from reattend.progress import Progress, silent
 from reattend.recipes.schema import Recipe, dump_recipe
@@ -59,7 +59,7 @@ def apply(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Plan:
-    """Write `model` rewritten by `recipe` to the folder `out`; return the plan that was run.
+    """Write `model` rewritten by `recipe` to the folder `out`; return the plan that was run, with what it decided.
 
     Calibration runs on `device`. `progress` is told source bytes ("rewriting") and layers ("calibrating").
     Raises `Refusal` before anything is written, or, for NaN and inf in the weights, after removing what was;
@@ -75,7 +75,7 @@ def apply(
     target = _target(planned, Path(out))
     with Staging(target, run.key(), resume=resume, overwrite=overwrite) as staging:
         _run_or_clear(run, staging)
-    return planned
+    return settle(planned, read_findings(target)[-1])
 
 
 def _run_or_clear(run: _Run, staging: Staging) -> None:
@@ -85,7 +85,7 @@ def _run_or_clear(run: _Run, staging: Staging) -> None:
             _check_space(run.plan, staging)
             _run_stages(run, staging)
         staging.commit()
-    except BadNumbersError:
+    except DeadEndError:
         staging.discard()
         raise
     except OSError as error:
@@ -146,14 +146,17 @@ def _run_stages(run: _Run, staging: Staging) -> None:
 
 
 def _run_stage(run: _Run, stage: Stage, folder: Path, staging: Staging) -> None:
-    checkpoint = run.plan.checkpoint if stage is run.plan.stages[0] else open_checkpoint(folder)
+    first = stage is run.plan.stages[0]
+    checkpoint = run.plan.checkpoint if first else open_checkpoint(folder)
     statistics = run.calibration.statistics(stage, folder, staging)
+    if stage.transform.undecided:
+        stage = settle(run.plan, stage.transform.findings(statistics)).stages[-1]
     stream(stage, checkpoint, statistics, staging, run.progress)
     for file in checkpoint.sidecars:
         staging.copy_file(Path(checkpoint.files.name) / file, file)
     for file, content in stage.transform.side_files(stage.source, statistics):
         staging.add_file(file, content)
-    findings = [] if stage is run.plan.stages[0] else read_findings(folder)
+    findings = [] if first else read_findings(folder)
     findings.append(stage.transform.findings(statistics))
     staging.add_file(RECIPE, dump_recipe(run.plan.recipe).encode())
     staging.add_file(MANIFEST, _json(run.manifest | {"findings": findings}))

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,7 +171,7 @@ def plan(recipe: str | os.PathLike[str] | Recipe, model: str | os.PathLike[str])
     checkpoint = open_checkpoint(model)
     source = source_of(checkpoint)
     check_outliers(checkpoint, source)
-    places = {name: (stored.file, stored.start) for name, stored in checkpoint.tensors.items()}
+    places = _places(checkpoint)
     stages: list[Stage] = []
     for number, step in enumerate(loaded.steps):
         if number:
@@ -182,10 +182,11 @@ def plan(recipe: str | os.PathLike[str] | Recipe, model: str | os.PathLike[str])
             if len(loaded.steps) == 1:
                 raise
             raise Refusal(f"steps[{number}]: {refusal}") from refusal
-    remarks = [remark for stage in stages for remark in stage.remarks]
-    planned = Plan(checkpoint, loaded, tuple(stages), tuple(remarks))
+        if stages[-1].transform.undecided and number + 1 < len(loaded.steps):
+            raise Refusal(f"steps[{number}]: calibration decides what it writes, so it must be the last step")
+    planned = Plan(checkpoint, loaded, tuple(stages), _stage_remarks(stages))
     _check_window(planned)
-    return replace(planned, remarks=(*remarks, *_remarks(planned)))
+    return replace(planned, remarks=(*planned.remarks, *_remarks(planned)))
 
 
 def _check_window(planned: Plan) -> None:
@@ -207,6 +208,26 @@ def _remarks(planned: Plan) -> Iterator[str]:
     for purpose in ("calibration", "selection"):
         if getattr(planned.recipe, purpose) and purpose not in planned.texts:
             yield f"the {purpose} text is not used: no step needs it"
+
+
+def settle(planned: Plan, findings: Mapping[str, Any]) -> Plan:
+    """Return the plan with what the calibration of its last step decided; itself if nothing was open."""
+    *earlier, last = planned.stages
+    if not last.transform.undecided:
+        return planned
+    checkpoint, step = planned.checkpoint, last.transform.settled(findings)
+    places = earlier[-1].layout.places if earlier else _places(checkpoint)
+    stage = _stage(step, last.source, places, checkpoint.metadata, planned.recipe.max_shard_bytes)  # type: ignore[arg-type]
+    general = planned.remarks[sum(len(stage.remarks) for stage in planned.stages) :]
+    return replace(planned, stages=(*earlier, stage), remarks=(*_stage_remarks((*earlier, stage)), *general))
+
+
+def _places(checkpoint: Checkpoint) -> dict[str, tuple[str, int]]:
+    return {name: (stored.file, stored.start) for name, stored in checkpoint.tensors.items()}
+
+
+def _stage_remarks(stages: Iterable[Stage]) -> tuple[str, ...]:
+    return tuple(remark for stage in stages for remark in stage.remarks)
 
 
 def _stage(

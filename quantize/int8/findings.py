@@ -1,0 +1,47 @@
+"""What calibration of the int8 step measured and chose, as plain data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from reattend.quantize.int8.keeping import ranked
+from reattend.transform import Statistics
+
+
+def findings(statistics: Statistics) -> dict[str, Any]:
+    """Return what there is of: W8A8 error of smoothed inputs, number of static columns, linears kept."""
+    layers = sorted((name for name in statistics if name.isdigit()), key=int)
+    found: dict[str, Any] = {}
+    errors = [_errors(statistics[layer]) for layer in layers]
+    for name in sorted({name for layer in errors for name in layer}):
+        pairs = [layer.get(name, [None, None]) for layer in errors]
+        found.setdefault("w8a8_error", {})[name] = dict(
+            zip(("before", "after"), zip(*pairs, strict=True), strict=True)
+        )
+    counts = {name.partition(".")[::2]: int(count) for name, count in statistics.get("columns", {}).items()}
+    for linear in sorted({linear for _, linear in counts}):
+        found.setdefault("static_columns", {})[linear] = [counts.get((layer, linear)) for layer in layers]
+    return found | (_kept(statistics) if "kept" in statistics else {})
+
+
+def _errors(learned: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    return {
+        name.removesuffix(".error"): [float(f"{float(value):.3g}") for value in values]
+        for name, values in learned.items()
+        if name.endswith(".error")
+    }
+
+
+def _kept(statistics: Statistics) -> dict[str, Any]:
+    """Return what was kept, each linear's error, and the perplexity of the selection text by linears kept."""
+    errors = statistics["sensitivity"]
+    losses = {name: statistics[name]["losses"].mean() for name in statistics if name.startswith("kept-")}
+    by_count = sorted((int(name.removeprefix("kept-")), float(loss.exp())) for name, loss in losses.items())
+    return {
+        "kept": sorted(statistics["kept"]),
+        "sensitivity": {name: float(f"{float(errors[name][0]):.3g}") for name in ranked(errors)},
+        "selection_perplexity": {
+            "source" if count == len(errors) else f"{count} kept": float(f"{value:.6g}") for count, value in by_count
+        },
+    }
