@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,7 +13,9 @@ from reattend.calibration.layerwise import LayerPass
 from reattend.checkpoint.header import TensorSpec
 from reattend.checkpoint.tensors import TORCH_DTYPES
 from reattend.convert.mla.attention import LatentAttention
+from reattend.convert.mla.budget import RANK_STEP, decide_rank, largest_rank, rank_findings, rank_within
 from reattend.convert.mla.calibration import Conversion, convert, gather_moments, read_moments, slots_of_all
+from reattend.convert.mla.checks import BIASES, READ, check_source, check_vllm
 from reattend.convert.mla.geometry import (
     Geometry,
     attention_name,
@@ -33,20 +36,6 @@ from reattend.errors import Refusal
 from reattend.families.source import Source
 from reattend.transform import Group, Passes, Statistics
 
-_FLOATS = ("F16", "F32", "BF16", "F64")
-_READ = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
-_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")
-# `latent_rank: auto` is a multiple of this.
-_RANK_STEP = 16
-# What no weights of deepseek_v3 can express, by the feature that a family's row names.
-_FEATURES = {
-    "qk_norm": "normalises queries and keys after their projections, which the native format can't hold",
-    "soft_cap": "caps its scores, which the native format can't hold",
-    "partial_rotary": "fuses its projections and may rotate a part of each head only",
-    "experts": "has experts, which the native format would have to hold too",
-    "learned_positions": "has learned positions instead of RoPE",
-}
-
 
 class Mla(BaseModel):
     """GQA to MLA. The cache then holds latent_rank + rope_dim numbers per token and layer."""
@@ -55,11 +44,15 @@ class Mla(BaseModel):
 
     step: Literal["mla"] = "mla"
     latent_rank: Annotated[int, Field(ge=1, strict=True)] | Literal["auto"] = Field(
-        512, description="latent numbers per token (kernels know 512), or auto: what cache_budget allows"
+        512, description="latent numbers per token (kernels know 512), or auto: what a budget allows"
     )
     cache_budget: float | None = Field(
         None, gt=0, le=1, strict=True, description="with auto: most of the source's cache to keep"
     )
+    perplexity_budget: float | None = Field(
+        None, gt=0, strict=True, allow_inf_nan=False,
+        description="with auto: relative rise of perplexity on the selection text before the refit that is allowed",
+    )  # fmt: skip
     rope_dim: int = Field(
         64, ge=2, strict=True, multiple_of=2, description="rotary numbers per token (kernels know 64)"
     )
@@ -79,8 +72,9 @@ class Mla(BaseModel):
 
     @model_validator(mode="after")
     def _check_budget(self) -> "Mla":
-        if (self.latent_rank == "auto") != (self.cache_budget is not None):
-            raise ValueError("latent_rank: auto and cache_budget need each other")
+        budgets = (self.cache_budget is not None) + (self.perplexity_budget is not None)
+        if budgets != (self.latent_rank == "auto"):
+            raise ValueError("latent_rank: auto needs a cache_budget or a perplexity_budget, and either needs auto")
         return self
 
     @property
@@ -100,69 +94,37 @@ class Mla(BaseModel):
 
     def check(self, source: Source) -> list[str]:
         """Refuse what the native format of the target can't hold, and sizes that make no sense."""
-        family = source.family
-        for feature, reason in _FEATURES.items():
-            if feature in family.features:
-                raise Refusal(f"mla: {family.model_type} {reason}")
-        if family.model_type not in ("llama", "mistral", "qwen2"):
-            raise Refusal(f"mla: {family.model_type} is not supported (llama, mistral, qwen2 are)")
-        if source.config.get("quantization_config"):
-            raise Refusal("config.json: quantization_config: convert first, quantise after")
-        _check_window(source)
-        if source.config.get("mlp_bias"):
-            raise Refusal("config.json: mlp_bias: the native format has no bias there")
+        check_source(source)
         geometry = read_geometry(source)
-        self._check_tensors(source)
         self._check_sizes(geometry)
         if self.target == "vllm":
-            self._check_vllm(source, geometry)
+            check_vllm(source, geometry, self.rope_dim)
         return self._remarks(source, geometry)
-
-    def _check_tensors(self, source: Source) -> None:
-        for layer in range(source.num_layers):
-            names = [attention_name(source, layer, name) for name in (*_READ, *_BIASES)]
-            for spec in (source.tensors[name] for name in names if name in source.tensors):
-                if spec.dtype not in _FLOATS:
-                    raise Refusal(f"mla: tensor {spec.name!r} is {spec.dtype}, not a 16-, 32- or 64-bit float")
-            biases = [attention_name(source, layer, f"{n}_proj.bias") in source.tensors for n in "qkv"]
-            if len(set(biases)) != 1:
-                raise Refusal(f"mla: layer {layer} has biases on some of q_proj, k_proj, v_proj only")
 
     def _check_sizes(self, geometry: Geometry) -> None:
         width = geometry.kv_heads * geometry.head_dim
         if self.rope_dim > width:
             raise Refusal(f"mla: rope_dim: {self.rope_dim} is more than the {width} numbers that the keys have")
-        rank, most = self._rank(geometry), 2 * width - self.rope_dim
+        rank, most = self._rank(geometry), largest_rank(geometry, self.rope_dim)
         if rank < 1:
-            raise Refusal(f"mla: cache_budget: {self.cache_budget} leaves no {_RANK_STEP} numbers beside rope_dim")
+            budget = "rope_dim" if self.cache_budget is None else f"cache_budget: {self.cache_budget}"
+            raise Refusal(f"mla: {budget} leaves no {RANK_STEP} numbers beside rope_dim")
         if rank > most:
             raise Refusal(f"mla: latent_rank: {rank} is more than {most}: the cache would not shrink")
 
     def _rank(self, geometry: Geometry) -> int:
-        """Return latent_rank; auto is the largest multiple of 16 within the budget."""
+        """Return latent_rank; auto is the largest that the budget allows, undecided the largest of all."""
         if isinstance(self.latent_rank, int):
             return self.latent_rank
-        assert self.cache_budget is not None
-        numbers = int(self.cache_budget * 2 * geometry.kv_heads * geometry.head_dim)
-        return (numbers - self.rope_dim) // _RANK_STEP * _RANK_STEP
-
-    def _check_vllm(self, source: Source, geometry: Geometry) -> None:
-        if any(attention_name(source, 0, name) in source.tensors for name in _BIASES):
-            raise Refusal("mla: target: vLLM's deepseek_v3 has no attention biases; use target: transformers")
-        rotary = geometry.rotary
-        plain = rotary.factor == 1.0 and rotary.long_frequency_F is None
-        if not plain or geometry.head_dim % self.rope_dim:
-            raise Refusal(
-                f"mla: target: vLLM's deepseek_v3 has default RoPE only, so rope_dim must divide {geometry.head_dim}"
-            )
-        if native_rope(rotary, geometry.theta, geometry.max_positions)["rope_type"] != "default":
-            raise Refusal("mla: target: vLLM's deepseek_v3 has default RoPE only; use target: transformers")
+        return rank_within(self.cache_budget or 1.0, geometry, self.rope_dim)
 
     def _remarks(self, source: Source, geometry: Geometry) -> list[str]:
         before = 2 * geometry.kv_heads * geometry.head_dim
         after = self._rank(geometry) + self.rope_dim
         remarks = [f"the cache holds {after} numbers per token and layer, before {before}"]
-        if self.latent_rank == "auto":
+        if self.undecided:
+            remarks.append(f"sizes are those of latent_rank {self._rank(geometry)}, the largest: calibration decides")
+        elif self.latent_rank == "auto":
             remarks.append(f"latent_rank is {self._rank(geometry)}, from sizes alone: its cost shows after the run")
         if self.target == "vllm" and source.tied:
             remarks.append("the output embedding is untied, as vLLM needs it")
@@ -181,6 +143,9 @@ class Mla(BaseModel):
         statistics["model"] = {"pairs": pair_S}
         schedule = Schedule(self.refit_steps, self.refit_rate, windows=self.refit_windows) if self.refit else None
         how = Conversion(geometry, self._rank(geometry), self._biased, schedule)
+        if self.perplexity_budget is not None:
+            how = replace(how, latent_rank=self._decided(passes, statistics, (pair_S, kept_YS), how))
+            statistics["rank"] = {"latent_rank": torch.tensor(how.latent_rank)}
         for layer in passes():
             i = layer.index
             if str(i) not in statistics:
@@ -188,6 +153,18 @@ class Mla(BaseModel):
                 statistics[str(i)] = self._native(source, layer, attention, geometry) | {
                     f"error.{name}": torch.tensor(value) for name, value in errors.items()
                 }
+
+    def _decided(self, passes: Passes, statistics: Statistics, slots: tuple[Tensor, Tensor], how: Conversion) -> int:
+        """The rank that perplexity_budget allows."""
+        pair_S, kept_YS = slots
+        assert self.perplexity_budget is not None
+
+        def closed_form(layer: LayerPass, rank: int) -> LatentAttention:
+            moments = read_moments(statistics[f"moments-{layer.index}"])
+            closed = replace(how, latent_rank=rank, schedule=None)
+            return convert(layer, moments, pair_S, kept_YS[layer.index], closed)[0]
+
+        return decide_rank(passes, statistics, closed_form, how.latent_rank, self.perplexity_budget)
 
     def _fixed(self, geometry: Geometry) -> Tensor | None:
         """The list that the target prescribes: default RoPE of rope_dim numbers is every n-th of the source's."""
@@ -216,19 +193,21 @@ class Mla(BaseModel):
 
     @property
     def undecided(self) -> bool:
-        """Sizes are known from the headers."""
-        return False
+        """Whether perplexity_budget is still to decide the rank."""
+        return self.perplexity_budget is not None
 
     def settled(self, findings: Mapping[str, Any]) -> "Mla":
-        """Return the step."""
-        return self
+        """Return the step with the rank that was decided."""
+        if not self.undecided:
+            return self
+        return self.model_copy(update={"latent_rank": findings["latent_rank"], "perplexity_budget": None})
 
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield one group per layer's attention, and the embedding where the head has to be untied."""
         geometry = read_geometry(source)
         shapes = native_specs(geometry, self.rope_dim, self._rank(geometry), biased=self._biased)
         for layer in range(source.num_layers):
-            every = (attention_name(source, layer, name) for name in (*_READ, *_BIASES))
+            every = (attention_name(source, layer, name) for name in (*READ, *BIASES))
             reads = tuple(name for name in every if name in source.tensors)
             dtype = source.tensors[reads[0]].dtype
             yield Group(reads, native_tensor_specs(source, layer, shapes, dtype), key=str(layer))
@@ -284,7 +263,8 @@ class Mla(BaseModel):
             for key, value in statistics[name].items():
                 if key.startswith("error."):
                     errors.setdefault(key.removeprefix("error."), []).append(float(f"{float(value):.4g}"))
-        return {"relative_error_per_layer": errors, "rope_pairs": statistics["model"]["pairs"].tolist()}
+        found = {"relative_error_per_layer": errors, "rope_pairs": statistics["model"]["pairs"].tolist()}
+        return found | (rank_findings(statistics) if "rank" in statistics else {})
 
     def engines(self, source: Source) -> dict[str, str]:
         """Stock classes read it; vLLM and SGLang only what their own deepseek_v3 holds."""
@@ -292,11 +272,3 @@ class Mla(BaseModel):
             no = "no: their deepseek_v3 has no biases and default RoPE only (target: vllm)"
             return {"transformers": "yes", "vllm": no, "sglang": no}
         return {"transformers": "no: its latent norms have another eps", "vllm": "yes, by its format", "sglang": "?"}
-
-
-def _check_window(source: Source) -> None:
-    window = source.config.get("sliding_window")
-    used = source.config.get("use_sliding_window", source.family.model_type == "mistral")
-    limit = int(source.get("max_position_embeddings") or 0)
-    if window and used and int(window) < limit:
-        raise Refusal(f"config.json: sliding_window: {window} is less than {limit}, and the native format has none")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reattend.calibration.layerwise import LayerPass
+from reattend.calibration.search import fewest
 from reattend.errors import BadNumbersError, DeadEndError
 from reattend.quantize.int8.simulation import Simulated, output_errors, standing_in
 from reattend.transform import Passes, Statistics
@@ -74,14 +75,3 @@ class Keeping:
 def ranked(sensitivity: Mapping[str, Tensor]) -> list[str]:
     """Return linears by falling error per weight."""
     return sorted(sensitivity, key=lambda name: (-float(sensitivity[name][0] / sensitivity[name][1]), name))
-
-
-def fewest(most: int, fits: Callable[[int], bool]) -> int:
-    """Return the least count that fits, bisected; `most` fits, and what fits is taken to fit with more."""
-    low, high = 0, most
-    if fits(low):
-        return low
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high

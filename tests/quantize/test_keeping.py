@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import reattend
 from reattend import Failure, Refusal, demo
+from reattend.calibration.search import fewest
 from reattend.calibration.tokens import sample_tokens
 from reattend.cli import cli
 from reattend.modeling.loading import load_tokenizer
 from reattend.pipeline.planning import plan
-from reattend.quantize.int8.keeping import Keeping, fewest
+from reattend.quantize.int8.keeping import Keeping
 from reattend.quantize.int8.transform import Int8
 from reattend.recipes.schema import Recipe
 from reattend.texts.reading import read_text

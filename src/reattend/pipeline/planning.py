@@ -42,8 +42,9 @@ class Stage:
 
     @property
     def group_bytes(self) -> int:
-        """Bytes of the largest group, in and out, with two fp32 copies of its largest tensor."""
-        return max((self._bytes(group) for group in self.changed), default=0)
+        """Bytes of the largest group, in and out, two fp32 copies of its largest tensor, and a layer's statistics."""
+        statistics = self.transform.statistics_bytes(self.source) // self.source.num_layers
+        return max((self._bytes(group) for group in self.changed), default=0) + statistics
 
     def _bytes(self, group: Group) -> int:
         reads = [self.source.tensors[name] for name in group.reads]

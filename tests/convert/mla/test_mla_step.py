@@ -184,9 +184,17 @@ def test_auto_is_the_largest_multiple_of_16_within_the_budget(tmp_path):
         reattend.plan(recipe(latent_rank="auto", cache_budget=0.5, rope_dim=8), source)
 
 
-@pytest.mark.parametrize("settings", [{"latent_rank": "auto"}, {"latent_rank": 16, "cache_budget": 0.5}])
-def test_auto_and_its_budget_need_each_other(settings):
-    with pytest.raises(ValueError, match="need each other"):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"latent_rank": "auto"},
+        {"latent_rank": 16, "cache_budget": 0.5},
+        {"latent_rank": 16, "perplexity_budget": 0.5},
+        {"latent_rank": "auto", "cache_budget": 0.5, "perplexity_budget": 0.5},
+    ],
+)
+def test_auto_needs_one_budget(settings):
+    with pytest.raises(ValueError, match="auto needs a cache_budget or a perplexity_budget"):
         Mla(**settings)
 
 

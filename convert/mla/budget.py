@@ -1,0 +1,99 @@
+"""latent_rank: auto. The rank that a budget allows: of the cache, from sizes; of perplexity, measured.
+
+Measured is the closed form, all layers converted, on the selection text: the refit only makes it better.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reattend.calibration.layerwise import LayerPass
+from reattend.calibration.search import fewest
+from reattend.convert.mla.attention import LatentAttention
+from reattend.convert.mla.geometry import Geometry
+from reattend.errors import DeadEndError
+from reattend.transform import Passes, Statistics
+
+RANK_STEP = 16  # of which an automatic rank is a multiple
+_TEXT = "selection"
+# Converts a layer, which it runs, at a rank.
+Convert = Callable[[LayerPass, int], LatentAttention]
+
+
+def largest_rank(geometry: Geometry, rope_dim: int) -> int:
+    """Return the largest rank with which the cache does not grow."""
+    return 2 * geometry.kv_heads * geometry.head_dim - rope_dim
+
+
+def rank_within(cache_budget: float, geometry: Geometry, rope_dim: int) -> int:
+    """Return the largest multiple of 16 for which the cache holds this share of its numbers; it may be below 1."""
+    numbers = int(cache_budget * 2 * geometry.kv_heads * geometry.head_dim)
+    return (numbers - rope_dim) // RANK_STEP * RANK_STEP
+
+
+def decide_rank(passes: Passes, statistics: Statistics, convert: Convert, most: int, budget: float) -> int:
+    """Return the least multiple of 16, up to `most`, that raises perplexity by at most `budget` (relative).
+
+    What was measured is kept in the statistics, `rank-N` (0: the source). Raises `DeadEndError` where none is.
+    """
+    base = _loss(passes, statistics, convert, 0)
+
+    def fits(steps: int) -> bool:
+        return steps > 0 and math.expm1(_loss(passes, statistics, convert, steps * RANK_STEP) - base) <= budget
+
+    steps = most // RANK_STEP
+    if not fits(steps):
+        raise DeadEndError(
+            f"mla: perplexity_budget: {budget} is not met by latent_rank {steps * RANK_STEP}, the largest; "
+            "raise it or rope_dim"
+        )
+    return fewest(steps, fits) * RANK_STEP
+
+
+def _loss(passes: Passes, statistics: Statistics, convert: Convert, rank: int) -> float:
+    """The mean loss with all layers converted at a rank, or with none for 0; measured once."""
+    if f"rank-{rank}" not in statistics:
+        converted: Tensor | None = None
+        for layer in passes(_TEXT):
+            if converted is None:
+                converted = layer.hidden[_TEXT].clone()
+            if rank:
+                _run_converted(layer, convert(layer, rank), converted)
+        assert converted is not None
+        found = converted if rank else layer.hidden[_TEXT]
+        statistics[f"rank-{rank}"] = {"losses": passes.losses(_TEXT, found)}
+    return float(statistics[f"rank-{rank}"]["losses"].mean())
+
+
+def _run_converted(layer: LayerPass, attention: LatentAttention, states: Tensor) -> None:
+    """Replace `states` (windows, tokens, hidden) by the layer's outputs with this attention instead of its own."""
+    single = attention.to(torch.float32)
+
+    def attend(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        mixed = single.attend(x.cpu().float()).to(x.device, x.dtype)
+        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+    handle = layer.module.get_submodule("self_attn").register_forward_hook(attend, with_kwargs=True)
+    try:
+        with torch.inference_mode():
+            for i in range(len(states)):
+                states[i : i + 1].copy_(layer.call(states[i : i + 1]))
+    finally:
+        handle.remove()
+
+
+def rank_findings(statistics: Statistics) -> dict[str, Any]:
+    """Return the rank that was decided, and the perplexities of the selection text by rank that it was decided on."""
+    ranks = sorted(int(name.removeprefix("rank-")) for name in statistics if name.startswith("rank-"))
+    losses = {rank: statistics[f"rank-{rank}"]["losses"].mean() for rank in ranks}
+    return {
+        "latent_rank": int(statistics["rank"]["latent_rank"]),
+        "selection_perplexity": {
+            f"closed form, {rank}" if rank else "source": float(f"{float(loss.exp()):.6g}")
+            for rank, loss in losses.items()
+        },
+    }

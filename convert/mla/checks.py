@@ -1,0 +1,67 @@
+"""What the step mla refuses of a source, from headers and config."""
+
+from reattend.convert.mla.geometry import Geometry, attention_name
+from reattend.convert.mla.native import native_rope
+from reattend.errors import Refusal
+from reattend.families.source import Source
+
+_FLOATS = ("F16", "F32", "BF16", "F64")
+READ = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")
+# What no weights of deepseek_v3 can express, by the feature that a family's row names.
+_FEATURES = {
+    "qk_norm": "normalises queries and keys after their projections, which the native format can't hold",
+    "soft_cap": "caps its scores, which the native format can't hold",
+    "partial_rotary": "fuses its projections and may rotate a part of each head only",
+    "experts": "has experts, which the native format would have to hold too",
+    "learned_positions": "has learned positions instead of RoPE",
+}
+
+
+def check_source(source: Source) -> None:
+    """Refuse what the native format can't hold."""
+    family = source.family
+    for feature, reason in _FEATURES.items():
+        if feature in family.features:
+            raise Refusal(f"mla: {family.model_type} {reason}")
+    if family.model_type not in ("llama", "mistral", "qwen2"):
+        raise Refusal(f"mla: {family.model_type} is not supported (llama, mistral, qwen2 are)")
+    if source.config.get("quantization_config"):
+        raise Refusal("config.json: quantization_config: convert first, quantise after")
+    _check_window(source)
+    if source.config.get("mlp_bias"):
+        raise Refusal("config.json: mlp_bias: the native format has no bias there")
+    _check_tensors(source)
+
+
+def _check_window(source: Source) -> None:
+    window = source.config.get("sliding_window")
+    used = source.config.get("use_sliding_window", source.family.model_type == "mistral")
+    limit = int(source.get("max_position_embeddings") or 0)
+    if window and used and int(window) < limit:
+        raise Refusal(f"config.json: sliding_window: {window} is less than {limit}, and the native format has none")
+
+
+def _check_tensors(source: Source) -> None:
+    for layer in range(source.num_layers):
+        names = [attention_name(source, layer, name) for name in (*READ, *BIASES)]
+        for spec in (source.tensors[name] for name in names if name in source.tensors):
+            if spec.dtype not in _FLOATS:
+                raise Refusal(f"mla: tensor {spec.name!r} is {spec.dtype}, not a 16-, 32- or 64-bit float")
+        biases = [attention_name(source, layer, f"{n}_proj.bias") in source.tensors for n in "qkv"]
+        if len(set(biases)) != 1:
+            raise Refusal(f"mla: layer {layer} has biases on some of q_proj, k_proj, v_proj only")
+
+
+def check_vllm(source: Source, geometry: Geometry, rope_dim: int) -> None:
+    """Refuse what vLLM's deepseek_v3 can't hold."""
+    if any(attention_name(source, 0, name) in source.tensors for name in BIASES):
+        raise Refusal("mla: target: vLLM's deepseek_v3 has no attention biases; use target: transformers")
+    rotary = geometry.rotary
+    plain = rotary.factor == 1.0 and rotary.long_frequency_F is None
+    if not plain or geometry.head_dim % rope_dim:
+        raise Refusal(
+            f"mla: target: vLLM's deepseek_v3 has default RoPE only, so rope_dim must divide {geometry.head_dim}"
+        )
+    if native_rope(rotary, geometry.theta, geometry.max_positions)["rope_type"] != "default":
+        raise Refusal("mla: target: vLLM's deepseek_v3 has default RoPE only; use target: transformers")
