@@ -46,6 +46,16 @@ def quantize_channels(w_OI: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor,
     return codes, scales
 
 
+def token_weights(rows_NC: Tensor) -> Tensor:
+    """Return what makes a token's squared error relative (N,): 1 / the energy of its row of inputs or outputs.
+
+    Relative, so that a token with huge activations counts as one token; a tenth of the median energy is added,
+    so that a silent token does not dominate.
+    """
+    energy_N = rows_NC.square().sum(1)
+    return 1 / (energy_N + 0.1 * energy_N.median() + torch.finfo(energy_N.dtype).tiny)
+
+
 def pack_codes(codes_OI: Tensor) -> Tensor:
     """Pack int8 codes (O, I) into int32 (O, ceil(I / 4)), as the layout `pack-quantized` holds them.
 

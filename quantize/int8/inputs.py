@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.calibration.layerwise import LayerPass
+from reattend.quantize.int8.formulas import token_weights
 
 _FIT_ROWS, _CHOICE_ROWS = 4096, 2048  # tokens that the searches look at: enough to rank, bounded in memory
 _LEAST_ROWS = 64  # of a window that gives any
@@ -69,8 +70,7 @@ class SharedInput:
 
     def _add(self, x_NI: Tensor) -> None:
         """Add a window's second moment, its tokens relative to their energy: huge ones count as one each."""
-        energy_N = x_NI.square().sum(1)
-        relative = x_NI / (energy_N + 0.1 * energy_N.median() + torch.finfo(x_NI.dtype).tiny).sqrt()[:, None]
+        relative = x_NI * token_weights(x_NI).sqrt()[:, None]
         here = (relative.T @ relative).double()
         self.second = here if self.second is None else self.second.add_(here)
 

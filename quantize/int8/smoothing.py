@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reattend.quantize.int8.formulas import CODE_MAX
+from reattend.quantize.int8.formulas import CODE_MAX, token_weights
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _MAX_EXPONENT = 10.0  # keeps a norm's weight / s far from the bottom of bf16, and of fp16 for weights near 1
@@ -32,16 +32,6 @@ def smoothing_factors(absmax_I: Tensor, weight_absmax_I: Tensor, alpha: float) -
     return torch.exp2(torch.where(torch.isfinite(raw), exponent, torch.zeros_like(raw))).float()
 
 
-def token_weights(x_NI: Tensor, w_OI: Tensor) -> Tensor:
-    """Return what makes a token's squared error of a linear relative (N,): 1 / its output's energy.
-
-    Relative, so that a token with huge activations counts as one token; a tenth of the median energy is added,
-    so that a silent token does not dominate.
-    """
-    energy_N = (x_NI @ w_OI.T).square().sum(1)
-    return 1 / (energy_N + 0.1 * energy_N.median() + torch.finfo(energy_N.dtype).tiny)
-
-
 def w8a8_error(x_NI: Tensor, weights_OI: Sequence[Tensor], s_I: Tensor) -> float:
     """Return the relative squared error that W8A8 with nearest rounding makes after smoothing by s, simulated.
 
@@ -50,8 +40,9 @@ def w8a8_error(x_NI: Tensor, weights_OI: Sequence[Tensor], s_I: Tensor) -> float
     x_NI = x_NI.float()  # squares of what fp16 holds overflow it
     smoothed, total = _simulate(x_NI / s_I), 0.0
     for w_OI in (weight.float() for weight in weights_OI):
-        error_N = (smoothed @ _simulate(w_OI * s_I).T - x_NI @ w_OI.T).square().sum(1)
-        total += float((error_N * token_weights(x_NI, w_OI)).mean())
+        y_NO = x_NI @ w_OI.T
+        error_N = (smoothed @ _simulate(w_OI * s_I).T - y_NO).square().sum(1)
+        total += float((error_N * token_weights(y_NO)).mean())
     return total / len(weights_OI)
 
 
@@ -109,7 +100,7 @@ class ExpectedError:
 
 def weigh_linear(x_NI: Tensor, w_OI: Tensor) -> WeighedLinear:
     """Return a linear's part in the expected error, from its inputs and weight (fp32)."""
-    weight_N = token_weights(x_NI, w_OI) / len(x_NI)
+    weight_N = token_weights(x_NI @ w_OI.T) / len(x_NI)
     log_w_OI = w_OI.abs().clamp_min(torch.finfo(torch.float32).tiny).log2()
     return WeighedLinear(weight_N, log_w_OI, w_OI.square().sum(0), weight_N @ x_NI.square())
 

@@ -15,9 +15,8 @@ from reattend.errors import Refusal
 from reattend.families.source import source_of
 from reattend.kernels.int8_linear import Outliers
 from reattend.kernels.int8_linear.reference import w8a8
-from reattend.quantize.int8.formulas import quantize_channels
+from reattend.quantize.int8.formulas import quantize_channels, token_weights
 from reattend.quantize.int8.outliers import allocate, ascending, removal_order
-from reattend.quantize.int8.smoothing import token_weights
 from reattend.quantize.int8.transform import Int8
 from reattend.recipes.schema import Recipe
 
@@ -52,7 +51,7 @@ def test_curve_is_the_error_of_the_decomposed_product(huge):
     for k in (0, 1, 2, 4) if huge == 1 else (1, 2, 4):  # what rounds to 0 loses less than the step says
         kept, (weight,) = ascending(columns[:k], [w[:, columns[:k]]])
         y = w8a8(x, codes, scale.flatten(), None, Outliers(kept, weight) if k else None)
-        simulated = ((y - x @ w.T).square().sum(1) * token_weights(x, w)).mean()
+        simulated = ((y - x @ w.T).square().sum(1) * token_weights(x @ w.T)).mean()
         assert simulated == pytest.approx(float(errors[k]), rel=0.1)
 
 
