@@ -20,7 +20,7 @@ typedef struct {
     const float *slice; /* (O, N) */
     void *y;
     int64_t rows, inputs, outputs, outliers, stride_x;
-    int dtype, quantize, vnni, threads;
+    int dtype, quantize, vnni, bf16, threads; /* vnni, bf16: whether their instructions are there */
 } Linear;
 
 static void load_row(const Linear *l, int64_t m, float *row) {

@@ -1,4 +1,4 @@
-/* int8 linears for x86-64: y = quantised(x) W^T, or x W^T with int8 weights. AVX2 and FMA at least; VNNI where it is.
+/* int8 linears for x86-64: y = quantised(x) W^T, or x W^T with int8 weights. AVX2 and FMA at least, AVX512 where it is.
  *
  * Few rows read W once, straight from its rows. For many, W is packed into panels, a panel at a time by each thread,
  * and multiplied tile by tile with panels of x.
@@ -8,16 +8,20 @@
 #include "avx2.h"
 #include "vnni.h"
 
-/* Rows of x and of W in a panel, and bytes of a number in it. */
+#include "bf16.h"
+
+/* What a panel holds, rows of x and of W in it, and bytes of a number. */
+enum { FLOATS, HALVES, PAIRS, BYTES };
 typedef struct {
-    int rows, outputs, bytes;
+    int kind, rows, outputs, bytes;
 } Tiling;
 
 enum { MOST_ROWS = VM, MOST_OUTPUTS = VO };
-static const Tiling FLOATS = {RM, RO, 4}, PAIRS = {RM, RO, 2}, BYTES = {VM, VO, 1};
+static const Tiling TILINGS[] = {{FLOATS, RM, RO, 4}, {HALVES, VM, VO, 2}, {PAIRS, RM, RO, 2}, {BYTES, VM, VO, 1}};
 
 static Tiling choose(const Linear *l) {
-    return !l->quantize ? FLOATS : l->vnni ? BYTES : PAIRS;
+    if (l->quantize) return TILINGS[l->vnni ? BYTES : PAIRS];
+    return TILINGS[l->bf16 && l->dtype == BF16 ? HALVES : FLOATS];
 }
 
 /* What a call works with: x by row or by panel, and of each row its scale, sum of codes and outliers. */
@@ -66,23 +70,29 @@ static void place_row(const Linear *l, const Work *w, int64_t m, float *row) {
     int16_t *codes = (int16_t *)(row + w->width);
     load_row(l, m, row);
     w->scale[m] = 1.0f;
-    if (!l->quantize) {
-        float *to = (float *)panel + m % rows;
-        for (int64_t i = 0; i < l->inputs; i++) to[i * rows] = row[i];
+    int32_t *to = (int32_t *)panel + m % rows;
+    if (w->tiling.kind == FLOATS) {
+        for (int64_t i = 0; i < l->inputs; i++) memcpy(to + i * rows, row + i, 4);
+        return;
+    }
+    if (w->tiling.kind == HALVES) {
+        memset(row + l->inputs, 0, (w->width - l->inputs) * sizeof(float));
+        place_halves(row, w->width, to);
         return;
     }
     memset(codes + l->inputs, 0, (w->width - l->inputs) * sizeof(int16_t));
     w->scale[m] = quantize_row(l, row, w->kept + m * l->outliers, codes);
-    int32_t *to = (int32_t *)panel + m % rows;
-    if (w->tiling.bytes == 1)
+    if (w->tiling.kind == BYTES)
         w->sum[m] = place_bytes(codes, w->width, to);
     else
         for (int64_t i = 0; i < (l->inputs + 1) / 2; i++) memcpy(to + i * rows, codes + 2 * i, 4);
 }
 
 static void pack(const Linear *l, const Work *w, int64_t first, void *panel) {
-    if (w->tiling.bytes == 1)
+    if (w->tiling.kind == BYTES)
         pack_bytes(l, first, panel);
+    else if (w->tiling.kind == HALVES)
+        pack_halves(l, first, panel);
     else
         pack_weights(l, first, panel);
 }
@@ -90,9 +100,11 @@ static void pack(const Linear *l, const Work *w, int64_t first, void *panel) {
 /* Rows of x from m times a panel of W. */
 static void multiply(const Linear *l, const Work *w, int64_t m, const void *panel, float *out) {
     const void *x = w->x + m * w->width * w->tiling.bytes;
-    if (w->tiling.bytes == 1)
+    if (w->tiling.kind == BYTES)
         tile_bytes(x, panel, (l->inputs + 3) / 4, w->sum + m, out);
-    else if (l->quantize)
+    else if (w->tiling.kind == HALVES)
+        tile_halves(x, panel, (l->inputs + 1) / 2, out);
+    else if (w->tiling.kind == PAIRS)
         tile_codes(x, panel, (l->inputs + 1) / 2, out);
     else
         tile_floats(x, panel, l->inputs, out);
@@ -138,9 +150,20 @@ static char *lay_out(const Linear *l, Work *w, char *start) {
     return start;
 }
 
+static int has_avx512(void) {
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
 int reattend_has_vnni(void) {
-    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl");
+    return has_avx512() && __builtin_cpu_supports("avx512vnni");
+}
+
+int reattend_has_bf16(void) {
+#if HAS_BF16
+    return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+    return 0;
+#endif
 }
 
 /* Returns 0, or 1 where memory ran out. */

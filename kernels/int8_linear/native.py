@@ -18,7 +18,7 @@ from reattend.kernels.int8_linear.reference import Outliers
 _SOURCE = Path(__file__).with_name("native.c")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Above this, packing W into panels costs less than reading each of its rows again per row of x (measured).
-_FEW_ROWS, _FEW_ROWS_VNNI = 6, 2
+_FEW_ROWS, _FEW_ROWS_AVX512 = 6, 2
 # An exact int32 sum of products of codes: I * 127^2 < 2^31.
 MAX_INPUTS = 133_144
 # Below this many products a second thread costs more than it saves.
@@ -29,7 +29,7 @@ class _Linear(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "codes", "scale", "bias", "columns", "slice", "y")),
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "outliers", "stride_x")),
-        *((name, ctypes.c_int) for name in ("dtype", "quantize", "vnni", "threads")),
+        *((name, ctypes.c_int) for name in ("dtype", "quantize", "vnni", "bf16", "threads")),
     )
 
 
@@ -42,6 +42,12 @@ def unavailable() -> str | None:
 def has_vnni() -> bool:
     """Whether this host multiplies bytes four at a time (AVX512 VNNI)."""
     return bool(compiled.library(_SOURCE).reattend_has_vnni())
+
+
+@functools.cache
+def has_bf16() -> bool:
+    """Whether this host multiplies bf16 numbers (AVX512 BF16), and the compiler knew how."""
+    return bool(compiled.library(_SOURCE).reattend_has_bf16())
 
 
 def too_wide(inputs: int) -> str | None:
@@ -62,14 +68,15 @@ def int8_linear(
     columns, weight = (None, None) if outliers is None else outliers
     weight = None if weight is None else weight.float().contiguous()
     threads = torch.get_num_threads() if rows * inputs * outputs >= _THREAD_PRODUCTS else 1
-    vnni = has_vnni()
-    few = _FEW_ROWS_VNNI if vnni and quantize else _FEW_ROWS
+    vnni, bf16 = has_vnni(), has_bf16()
+    wide = vnni if quantize else bf16 and x_MI.dtype == torch.bfloat16
+    few = _FEW_ROWS_AVX512 if wide else _FEW_ROWS
     linear = _Linear(
         x_MI.data_ptr(), codes_OI.data_ptr(), scale_O.data_ptr(),
         None if bias is None else bias.data_ptr(), None if columns is None else columns.data_ptr(),
         None if weight is None else weight.data_ptr(), y_MO.data_ptr(),
         rows, inputs, outputs, 0 if columns is None else len(columns), x_MI.stride(0),
-        _DTYPES[x_MI.dtype], quantize, vnni, threads,
+        _DTYPES[x_MI.dtype], quantize, vnni, bf16, threads,
     )  # fmt: skip
     if compiled.library(_SOURCE).reattend_int8_linear(ctypes.byref(linear), ctypes.c_int64(few)):
         raise MemoryError("int8_linear: no memory for the scratch of one call")

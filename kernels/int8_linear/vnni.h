@@ -7,7 +7,7 @@ enum { VM = 12, VO = 32 }; /* rows of x and of W in a panel, interleaved along I
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")))
 
-VNNI static void transpose_fours(__m512i r[16]) { /* 16 x 16 of 32 bits */
+VNNI static void transpose_words(__m512i r[16]) { /* 16 x 16 of 32 bits */
     __m512i a[16], b[16];
     for (int i = 0; i < 16; i += 2) {
         a[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -44,7 +44,7 @@ VNNI static void pack_bytes(const Linear *l, int64_t first, uint8_t *panel) {
                 int64_t o = first + half + j;
                 r[j] = _mm512_maskz_loadu_epi8(o < l->outputs ? inside : 0, l->codes + o * l->inputs + i);
             }
-            transpose_fours(r);
+            transpose_words(r);
             for (int64_t k = 0; k < fours; k++)
                 _mm512_storeu_si512(panel + (i / 4 + k) * 4 * VO + half * 4, _mm512_xor_si512(r[k], to_unsigned));
         }

@@ -29,14 +29,16 @@ SHAPES = [
 ]
 
 
-# Hosts with VNNI must also be right with the instructions of those without.
-INSTRUCTIONS = ["best", "avx2"] if not native.unavailable() and native.has_vnni() else ["best"]
+# Hosts with AVX512 must also be right with the instructions of those without.
+WIDE = not native.unavailable() and (native.has_vnni() or native.has_bf16())
+INSTRUCTIONS = ["best", "avx2"] if WIDE else ["best"]
 
 
 @pytest.fixture(autouse=True, params=INSTRUCTIONS)
 def _instructions(request, monkeypatch):
     if request.param == "avx2":
         monkeypatch.setattr(native, "has_vnni", lambda: False)
+        monkeypatch.setattr(native, "has_bf16", lambda: False)
 
 
 @pytest.fixture(autouse=True)
