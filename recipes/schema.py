@@ -132,10 +132,17 @@ def _validated(kind: type[_Model], content: Mapping[str, Any], where: str) -> _M
     try:
         return kind(**content)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
-        form = ", written as [a, b]" if first["type"] in ("list_type", "tuple_type") else ""
-        raise Refusal(f"{where}: {key}{first['msg'].removeprefix('Value error, ')}{form}{_given(first)}") from error
+        first, *others = error.errors()
+        alike = [other for other in others if other["loc"][:1] == first["loc"][:1] != ()]  # branches of one union
+        loc = first["loc"][:1] if alike else first["loc"]
+        key = "".join(f"{part}: " for part in [".".join(map(str, loc))] if part)
+        says = " or ".join(dict.fromkeys(_says(each) for each in (first, *alike)))
+        raise Refusal(f"{where}: {key}{says}{_given(first)}") from error
+
+
+def _says(error: Any) -> str:
+    form = ", written as [a, b]" if error["type"] in ("list_type", "tuple_type") else ""
+    return str(error["msg"]).removeprefix("Value error, ") + form
 
 
 def _given(error: Any) -> str:

@@ -3,7 +3,6 @@
 Measured is the closed form, all layers converted, on the selection text: the refit only makes it better.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.calibration.layerwise import LayerPass
-from reattend.calibration.search import fewest
+from reattend.calibration.search import fewest, rise, stored_loss
 from reattend.convert.mla.attention import LatentAttention
 from reattend.convert.mla.geometry import Geometry
 from reattend.errors import DeadEndError
@@ -39,10 +38,12 @@ def decide_rank(passes: Passes, statistics: Statistics, convert: Convert, most: 
 
     What was measured is kept in the statistics, `rank-N` (0: the source). Raises `DeadEndError` where none is.
     """
-    base = _loss(passes, statistics, convert, 0)
+
+    def loss(rank: int) -> float:
+        return stored_loss(statistics, f"rank-{rank}", lambda: _losses(passes, convert, rank))
 
     def fits(steps: int) -> bool:
-        return steps > 0 and math.expm1(_loss(passes, statistics, convert, steps * RANK_STEP) - base) <= budget
+        return rise(loss(steps * RANK_STEP), loss(0)) <= budget
 
     steps = most // RANK_STEP
     if not fits(steps):
@@ -50,22 +51,19 @@ def decide_rank(passes: Passes, statistics: Statistics, convert: Convert, most: 
             f"mla: perplexity_budget: {budget} is not met by latent_rank {steps * RANK_STEP}, the largest; "
             "raise it or rope_dim"
         )
-    return fewest(steps, fits) * RANK_STEP
+    return fewest(1, steps, fits) * RANK_STEP
 
 
-def _loss(passes: Passes, statistics: Statistics, convert: Convert, rank: int) -> float:
-    """The mean loss with all layers converted at a rank, or with none for 0; measured once."""
-    if f"rank-{rank}" not in statistics:
-        converted: Tensor | None = None
-        for layer in passes(_TEXT):
-            if converted is None:
-                converted = layer.hidden[_TEXT].clone()
-            if rank:
-                _run_converted(layer, convert(layer, rank), converted)
-        assert converted is not None
-        found = converted if rank else layer.hidden[_TEXT]
-        statistics[f"rank-{rank}"] = {"losses": passes.losses(_TEXT, found)}
-    return float(statistics[f"rank-{rank}"]["losses"].mean())
+def _losses(passes: Passes, convert: Convert, rank: int) -> Tensor:
+    """The windows' losses with all layers converted at a rank, or with none for 0."""
+    converted: Tensor | None = None
+    for layer in passes(_TEXT):
+        if converted is None:
+            converted = layer.hidden[_TEXT].clone()
+        if rank:
+            _run_converted(layer, convert(layer, rank), converted)
+    assert converted is not None
+    return passes.losses(_TEXT, converted if rank else layer.hidden[_TEXT])
 
 
 def _run_converted(layer: LayerPass, attention: LatentAttention, states: Tensor) -> None:

@@ -64,7 +64,7 @@ static int32_t place_bytes(const int16_t *codes, int64_t inputs, int32_t *to) {
 #define EACH_ROW(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11)
 
 VNNI static void tile_bytes(const int32_t *a, const uint8_t *b, int64_t fours, const int32_t sums[VM], float *out) {
-#define START(r) __m512i left##r = _mm512_set1_epi32(-128 * sums[r]), right##r = left##r;
+#define START(r) __m512i left##r = _mm512_set1_epi32((int32_t)(-128u * (uint32_t)sums[r])), right##r = left##r;
 #define STEP(r)                                            \
     four = _mm512_set1_epi32(a[r]);                        \
     left##r = _mm512_dpbusd_epi32(left##r, b0, four);      \

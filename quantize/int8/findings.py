@@ -22,7 +22,7 @@ def findings(statistics: Statistics) -> dict[str, Any]:
     counts = {name.partition(".")[::2]: int(count) for name, count in statistics.get("columns", {}).items()}
     for linear in sorted({linear for _, linear in counts}):
         found.setdefault("static_columns", {})[linear] = [counts.get((layer, linear)) for layer in layers]
-    return found | (_kept(statistics) if "kept" in statistics else {})
+    return found | (_measured(statistics) if "sensitivity" in statistics else {})
 
 
 def _errors(learned: Mapping[str, Tensor]) -> dict[str, list[float]]:
@@ -33,13 +33,13 @@ def _errors(learned: Mapping[str, Tensor]) -> dict[str, list[float]]:
     }
 
 
-def _kept(statistics: Statistics) -> dict[str, Any]:
-    """Return what was kept, each linear's error, and the perplexity of the selection text by linears kept."""
+def _measured(statistics: Statistics) -> dict[str, Any]:
+    """Return what is kept, if that is decided, each linear's error, and perplexities by the number kept."""
     errors = statistics["sensitivity"]
     losses = {name: statistics[name]["losses"].mean() for name in statistics if name.startswith("kept-")}
     by_count = sorted((int(name.removeprefix("kept-")), float(loss.exp())) for name, loss in losses.items())
-    return {
-        "kept": sorted(statistics["kept"]),
+    kept = {"kept": sorted(statistics["kept"])} if "kept" in statistics else {}
+    return kept | {
         "sensitivity": {name: float(f"{float(errors[name][0]):.3g}") for name in ranked(errors)},
         "selection_perplexity": {
             "source" if count == len(errors) else f"{count} kept": float(f"{value:.6g}") for count, value in by_count

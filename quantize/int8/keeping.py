@@ -5,21 +5,21 @@ kept is bisected on the measured perplexity of the whole model.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reattend.calibration.layerwise import LayerPass
-from reattend.calibration.search import fewest
+from reattend.calibration.search import fewest, rise, stored_loss
 from reattend.errors import BadNumbersError, DeadEndError
 from reattend.quantize.int8.simulation import Simulated, output_errors, standing_in
 from reattend.transform import Passes, Statistics
 
 _TEXT = "selection"
-# Gives a layer's linears as the output computes them, by name within the layer.
-Linears = Callable[[LayerPass], dict[str, Simulated]]
+# Gives a layer's linears as the output computes them, by name within the layer: all, or those among some full names.
+Linears = Callable[[LayerPass, Container[str] | None], dict[str, Simulated]]
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,11 @@ class Keeping:
         if "sensitivity" not in statistics:
             statistics["sensitivity"] = self._measured(passes)
         order = ranked(statistics["sensitivity"])
-        base = self._loss(passes, statistics, order, len(order))
 
-        def fits(count: int) -> bool:
-            return math.expm1(self._loss(passes, statistics, order, count) - base) <= self.budget
+        def loss(count: int) -> float:
+            return stored_loss(statistics, f"kept-{count}", lambda: self._losses(passes, set(order[count:])))
 
-        count = fewest(len(order), fits)
+        count = fewest(0, len(order), lambda count: rise(loss(count), loss(len(order))) <= self.budget)
         if count == len(order):
             raise DeadEndError(
                 f"int8: keep_budget: {self.budget} leaves no layer to quantise (measured on the {_TEXT} text)"
@@ -50,7 +49,7 @@ class Keeping:
     def _measured(self, passes: Passes) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for layer in passes(_TEXT):
-            linears = self.linears(layer)
+            linears = self.linears(layer, None)
             for name, error in output_errors(layer, _TEXT, linears).items():
                 if not math.isfinite(error):
                     raise BadNumbersError(f"layer {layer.index}: with {name} in int8 its output is NaN or inf")
@@ -59,17 +58,12 @@ class Keeping:
                 )
         return found
 
-    def _loss(self, passes: Passes, statistics: Statistics, order: list[str], count: int) -> float:
-        """The mean loss with the first `count` of `order` kept, measured once."""
-        if f"kept-{count}" not in statistics:
-            kept = set(order[:count])
-            for layer in passes(_TEXT):
-                linears = self.linears(layer) if count < len(order) else {}
-                prefix = self.prefix(layer.index)
-                with standing_in(layer, {n: linear for n, linear in linears.items() if prefix + n not in kept}):
-                    layer.run()
-            statistics[f"kept-{count}"] = {"losses": passes.losses(_TEXT, layer.hidden[_TEXT])}
-        return float(statistics[f"kept-{count}"]["losses"].mean())
+    def _losses(self, passes: Passes, quantised: set[str]) -> Tensor:
+        """The windows' losses with these linears in int8."""
+        for layer in passes(_TEXT):
+            with standing_in(layer, self.linears(layer, quantised)):
+                layer.run()
+        return passes.losses(_TEXT, layer.hidden[_TEXT])
 
 
 def ranked(sensitivity: Mapping[str, Tensor]) -> list[str]:

@@ -3,27 +3,37 @@
 They lie in a folder of their own, as engines take every safetensors file beside `config.json` for weights.
 """
 
-from collections.abc import Container, Sequence
+import math
+from collections.abc import Collection, Container
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from reattend.checkpoint.index import OUTLIERS
+from reattend.families.source import Source
 from reattend.kernels.int8_linear import Outliers
 from reattend.quantize.int8.outliers import allocate, ascending
 from reattend.transform import Statistics
 
 
-def choose_columns(layers: Sequence[str], statistics: Statistics, budget: int) -> dict[str, Tensor]:
-    """Return the number of columns (scalars) of every input, named `LAYER.LINEAR`, that fit into `budget` numbers."""
+def choose_columns(
+    source: Source, statistics: Statistics, modules: Collection[str], share: float
+) -> dict[str, Tensor]:
+    """Return the number of columns (scalars) of every input of `modules` (full names), named `LAYER.LINEAR`.
+
+    Together they add at most this share of the modules' weights.
+    """
     curves: dict[str, Tensor] = {}
     costs: dict[str, int] = {}
-    for layer in layers:
-        learned = statistics[layer]
+    for layer in range(source.num_layers):
+        learned, prefix = statistics[str(layer)], source.layer_prefix(layer)
         for first in _firsts(learned):
-            curves[f"{layer}.{first}"] = learned[f"{first}.curve"]
-            costs[f"{layer}.{first}"] = sum(len(learned[f"{name}.slice"]) for name in _sharers(learned, first))
+            names = [name for name in _sharers(learned, first) if prefix + name in modules]
+            if names:
+                curves[f"{layer}.{first}"] = learned[f"{first}.curve"]
+                costs[f"{layer}.{first}"] = sum(len(learned[f"{name}.slice"]) for name in names)
+    budget = int(share * sum(math.prod(source.linear_shapes[module]) for module in modules))
     return {name: torch.tensor(count) for name, count in allocate(curves, costs, budget).items()}
 
 
@@ -45,7 +55,7 @@ def chosen_outliers(layer: int, statistics: Statistics) -> dict[str, Outliers]:
     learned, counts = statistics[str(layer)], statistics["columns"]
     chosen: dict[str, Outliers] = {}
     for first in _firsts(learned):
-        count, names = int(counts[f"{layer}.{first}"]), _sharers(learned, first)
+        count, names = int(counts.get(f"{layer}.{first}", 0)), _sharers(learned, first)
         slices = [learned[f"{name}.slice"][:, :count] for name in names]
         columns, slices = ascending(learned[f"{first}.columns"][:count], slices)
         if count:

@@ -5,7 +5,7 @@ Smoothing is undone around each linear, so that every choice of linears can be t
 Legend: N tokens, I input channels, O output channels.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,8 @@ from reattend.kernels.int8_linear import Outliers, int8_linear
 from reattend.quantize.int8.calibration import stored_dtype
 from reattend.quantize.int8.formulas import quantize_channels
 from reattend.quantize.int8.migration import input_factors, migrate, output_factors
+from reattend.quantize.int8.side_files import chosen_outliers
+from reattend.transform import Statistics
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,26 @@ def simulate(
     return Simulated(codes.to(layer.device), scale.flatten().to(layer.device), options, before, after)
 
 
+@dataclass(frozen=True)
+class Simulation:
+    """The linears of the output, layer by layer: `modules` (full names), with what was learned and the `options`."""
+
+    source: Source
+    statistics: Statistics
+    modules: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    def __call__(self, layer: LayerPass, wanted: Container[str] | None = None) -> dict[str, Simulated]:
+        """Return those of a layer that are `wanted` (default: all), by name within the layer."""
+        index, prefix = str(layer.index), self.source.layer_prefix(layer.index)
+        learned = self.statistics.get(index, {})
+        outliers = chosen_outliers(layer.index, self.statistics) if "columns" in self.statistics else {}
+        modules = [m for m in self.modules if m.startswith(prefix) and (wanted is None or m in wanted)]
+        names = [module.removeprefix(prefix) for module in modules]
+        chosen = {name: {**self.options, "outliers": outliers.get(name)} for name in names}
+        return {name: simulate(layer, name, learned, self.source, chosen[name]) for name in names}
+
+
 @contextmanager
 def standing_in(layer: LayerPass, linears: Mapping[str, Simulated]) -> Iterator[None]:
     """Let `linears` compute in the place of the layer's own."""
@@ -84,7 +106,7 @@ def output_errors(layer: LayerPass, text: str, linears: Mapping[str, Simulated])
     with torch.inference_mode():
         for i in range(len(states)):
             want = layer.call(states[i : i + 1]).float()
-            energy = want.square().sum(-1)
+            energy = want.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)  # a padding row may be zero
             for name, linear in linears.items():
                 with standing_in(layer, {name: linear}):
                     got = layer.call(states[i : i + 1]).float()

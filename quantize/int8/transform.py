@@ -4,10 +4,9 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from reattend.calibration.layerwise import LayerPass
 from reattend.checkpoint.header import TensorSpec
 from reattend.checkpoint.index import OUTLIERS
 from reattend.errors import Refusal
@@ -24,10 +23,10 @@ from reattend.quantize.int8.checks import (
 from reattend.quantize.int8.findings import findings
 from reattend.quantize.int8.formats import Format, document, engines, specs, unquantised
 from reattend.quantize.int8.formats import tensors as layout_tensors
-from reattend.quantize.int8.keeping import Keeping, Linears
+from reattend.quantize.int8.keeping import Keeping
 from reattend.quantize.int8.migration import layer_tensors, migrate
-from reattend.quantize.int8.side_files import choose_columns, chosen_outliers, layer_file
-from reattend.quantize.int8.simulation import Simulated, codes_of, simulate
+from reattend.quantize.int8.side_files import choose_columns, layer_file
+from reattend.quantize.int8.simulation import Simulation, codes_of
 from reattend.transform import Group, Passes, Statistics
 
 
@@ -54,7 +53,11 @@ class Int8(BaseModel):
         6.0, gt=0, strict=True, allow_inf_nan=False, description="magnitude from which a value is a dynamic outlier"
     )
     outlier_share: float = Field(
-        0.05, gt=0, le=1, strict=True, description="numbers that static columns may add, as a share of the weights"
+        0.05,
+        gt=0,
+        le=1,
+        strict=True,
+        description="numbers that static columns may add, per quantised weight",
     )
     rounding: Literal["nearest", "compensated"] = Field(
         "nearest", description="compensated: weights make up for each other's rounding (needs a calibration text)"
@@ -73,6 +76,12 @@ class Int8(BaseModel):
         description="with keep: auto: the relative rise of perplexity on the selection text that is allowed",
     )
 
+    @model_validator(mode="after")
+    def _check_budget(self) -> "Int8":
+        if self.keep_budget != type(self).model_fields["keep_budget"].default and not self.undecided:
+            raise ValueError("keep_budget does nothing without keep: auto")
+        return self
+
     @property
     def tolerance(self) -> float:
         """Relative L2 of logits: int8 activations cost most, as a few of them are huge."""
@@ -82,6 +91,9 @@ class Int8(BaseModel):
         """Refuse quantised sources, Conv1D layers, non-float weights, and settings that fit nothing there."""
         self._check_settings()
         check_source(source)
+        if self.undecided and "encoder" in source.family.features:
+            name = source.family.model_type
+            raise Refusal(f"int8: keep: auto: {name} is an encoder, perplexity is not defined for it")
         check_selectors((*self.select, *self._kept), source)
         modules = self._modules(source)
         if not modules:
@@ -107,8 +119,6 @@ class Int8(BaseModel):
         for key, mode in (("threshold", "dynamic"), ("outlier_share", "static")):
             if getattr(self, key) != fields[key].default and self.mode != mode:
                 raise Refusal(f"int8: {key}: does nothing with outliers: {self.mode}, only with {mode}")
-        if self.keep_budget != fields["keep_budget"].default and not self.undecided:
-            raise Refusal("int8: keep_budget: does nothing without keep: auto")
 
     @property
     def mode(self) -> str:
@@ -158,8 +168,7 @@ class Int8(BaseModel):
         """Return the step with the linears that were kept by name."""
         if not self.undecided:
             return self
-        default = type(self).model_fields["keep_budget"].default
-        return self.model_copy(update={"keep": tuple(findings["kept"]), "keep_budget": default})
+        return self.model_copy(update={"keep": tuple(findings["kept"])})
 
     @property
     def _layout(self) -> Format:
@@ -175,7 +184,6 @@ class Int8(BaseModel):
             total += rows * (columns + 4) if self.rounding == "compensated" else 0
             total += rows * min(MOST_COLUMNS, columns) * weight.nbytes // weight.numel if self.mode == "static" else 0
             total += 4 * columns if self.mode == "smooth" else 0
-            total += weight.nbytes - rows * (columns + 4) if self.undecided else 0  # should all be kept
         return total
 
     def groups(self, source: Source) -> Iterator[Group]:
@@ -216,37 +224,26 @@ class Int8(BaseModel):
         if self._learns:
             self._learn(source, passes, statistics)
         if self.undecided:
-            linears = self._simulation(source, statistics)
+            options: dict[str, Any] = {"activations": self.activations}
+            if self.mode == "dynamic":
+                options["threshold"] = self.threshold
+            linears = Simulation(source, statistics, tuple(self._modules(source)), options)
             Keeping(linears, source.layer_prefix, self.keep_budget).decide(passes, statistics)
+            if self.mode == "static":  # what is kept needs none: the others share its part
+                left = [module for module in self._modules(source) if module not in statistics["kept"]]
+                statistics["columns"] = choose_columns(source, statistics, left, self.outlier_share)
 
     def _learn(self, source: Source, passes: Passes, statistics: Statistics) -> None:
         wanted = Learned(
             frozenset(self._modules(source)), smooth=self.mode == "smooth", static=self.mode == "static",
             compensate=self.rounding == "compensated",
         )  # fmt: skip
-        for layer in passes():
-            if str(layer.index) not in statistics:
-                statistics[str(layer.index)] = learn_layer(layer, source, wanted)
+        if any(str(i) not in statistics for i in range(source.num_layers)):
+            for layer in passes(*(() if wanted.smooth else ("calibration",))):
+                if str(layer.index) not in statistics:
+                    statistics[str(layer.index)] = learn_layer(layer, source, wanted)
         if wanted.static:
-            layers = [str(i) for i in range(source.num_layers)]
-            statistics["columns"] = choose_columns(layers, statistics, self._column_budget(source))
-
-    def _simulation(self, source: Source, statistics: Statistics) -> Linears:
-        options: dict[str, Any] = {"activations": self.activations}
-        if self.mode == "dynamic":
-            options["threshold"] = self.threshold
-
-        def linears(layer: LayerPass) -> dict[str, Simulated]:
-            learned = statistics[str(layer.index)] if self._learns else {}
-            outliers = chosen_outliers(layer.index, statistics) if self.mode == "static" else {}
-            prefix = source.layer_prefix(layer.index)
-            names = [m.removeprefix(prefix) for m in self._modules(source) if m.startswith(prefix)]
-            return {
-                name: simulate(layer, name, learned, source, options | {"outliers": outliers.get(name)})
-                for name in names
-            }
-
-        return linears
+            statistics["columns"] = choose_columns(source, statistics, self._modules(source), self.outlier_share)
 
     def side_files(self, source: Source, statistics: Statistics) -> Iterator[tuple[str, bytes]]:
         """Yield the float slices of static outlier columns, a file per layer."""

@@ -90,6 +90,14 @@ def test_merging_is_refused_instead_of_lost(folders):
         copy.deepcopy(model).merge_and_unload()
 
 
+def test_dora_trains(folders):
+    """It reads the weight's numbers at the start."""
+    base = reattend.load(folders / "int8", dtype="float32").model
+    config = LoraConfig(r=4, target_modules=TARGETS, use_dora=True)
+    model = started(get_peft_model(base, config)).train()
+    assert all(float(value.norm()) > 0 for value in gradients(model).values())
+
+
 def test_gradients_pass_joined_and_single_layers_alike():
     def layers():
         generator = torch.Generator().manual_seed(2)

@@ -122,7 +122,9 @@ def test_every_family_loses_less_than_by_nearest_rounding(models, family):
         step, statistics = Int8(rounding=rounding, activations="none"), {}
         model.load_state_dict(state)
         if rounding == "compensated":
-            step.calibrate(source, lambda: layer_passes(model, source.family, {"calibration": ids}), statistics)
+            step.calibrate(
+                source, lambda *texts: layer_passes(model, source.family, {"calibration": ids}), statistics
+            )
         for group in step.groups(source):
             for name in group.reads:
                 found = statistics[group.key] if group.key else {}

@@ -11,14 +11,16 @@ from safetensors.torch import load_file, save_file
 
 import reattend
 from reattend import Failure, Refusal, demo
-from reattend.calibration.search import fewest
+from reattend.calibration.search import fewest, stored_loss
 from reattend.calibration.tokens import sample_tokens
+from reattend.checkpoint.staging import Staging
 from reattend.cli import cli
 from reattend.modeling.loading import load_tokenizer
 from reattend.pipeline.planning import plan
+from reattend.quantize.int8 import keeping
 from reattend.quantize.int8.keeping import Keeping
 from reattend.quantize.int8.transform import Int8
-from reattend.recipes.schema import Recipe
+from reattend.recipes.schema import Recipe, parse_step
 from reattend.texts.reading import read_text
 
 SELECTION = demo.EVAL_TEXT.with_name("select.txt")
@@ -74,6 +76,7 @@ def planted(tmp_path_factory):
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_what_is_measured_is_what_is_written(tmp_path, settings):
+    """Of settings with nothing kept, and with the linears that the first run found worst."""
     reattend.apply(recipe(**settings, keep="auto", keep_budget=50.0), demo.MODEL, tmp_path / "auto")
     measured = findings(tmp_path / "auto")
     assert measured["kept"] == []
@@ -85,6 +88,27 @@ def test_what_is_measured_is_what_is_written(tmp_path, settings):
     assert measured["selection_perplexity"]["0 kept"] == pytest.approx(
         written, rel=1e-3 if "smooth" in str(settings) else 1e-5
     )
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_what_is_measured_with_some_kept_is_what_is_written(planted, tmp_path, settings, monkeypatch):
+    """Seven are kept; static columns are shared out anew then, which can only help, and is not measured again."""
+    monkeypatch.setattr(keeping, "fewest", lambda least, most, fits: (fits(7), 7)[1])
+    reattend.apply(recipe(**settings, keep="auto"), planted, tmp_path / "auto")
+    found = findings(tmp_path / "auto")
+    assert len(found["kept"]) == 7
+    written = losses(tmp_path / "auto").mean().exp().item()
+    loose = "smooth" in str(settings) or "static" in str(settings)
+    assert found["selection_perplexity"]["7 kept"] == pytest.approx(written, rel=1e-3 if loose else 1e-5)
+    if "static" in str(settings):
+        beside = {n for f in (tmp_path / "auto" / "int8_outliers").iterdir() for n in load_file(f)}
+        assert beside
+        assert not any(name.rpartition(".")[0] in found["kept"] for name in beside)
+        with_columns = {
+            f"model.layers.{layer}.{linear}" for linear, counts in found["static_columns"].items() for layer, n in
+            enumerate(counts) if n
+        }  # fmt: skip
+        assert with_columns <= {name.rpartition(".")[0] for name in beside}
 
 
 def test_the_layer_that_int8_cannot_hold_is_kept(planted, tmp_path):
@@ -133,19 +157,28 @@ def test_the_error_of_a_linear_alone(planted, tmp_path):
 def test_an_interrupted_decision_is_resumed(planted, tmp_path, monkeypatch):
     whole = recipe(keep="auto", keep_budget=0.02)
     reattend.apply(whole, planted, tmp_path / "whole")
-    real, calls = Keeping._loss, []
+    real, calls = Keeping._losses, []
 
-    def loss(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise Failure("interrupted")
-        return real(*args)
+    def losses_until(last):
+        def measured(*args):
+            calls.append(args)
+            if len(calls) == last:
+                raise Failure("interrupted")
+            return real(*args)
+
+        return measured
 
     with monkeypatch.context() as patched:
-        patched.setattr(Keeping, "_loss", loss)
+        patched.setattr(Keeping, "_losses", losses_until(4))
         with pytest.raises(Failure, match="interrupted"):
             reattend.apply(whole, planted, tmp_path / "out")
-    done = reattend.apply(whole, planted, tmp_path / "out", resume=True)
+    assert (tmp_path / ".out.partial/work/statistics/sensitivity.safetensors").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(Keeping, "_losses", losses_until(0))
+        patched.setattr(Keeping, "_measured", None)  # a second look at the linears would fail
+        done = reattend.apply(whole, planted, tmp_path / "out", resume=True)
+    measured_again = len(calls) - 4
+    assert measured_again == len(findings(tmp_path / "whole")["selection_perplexity"]) - 3
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     assert findings(tmp_path / "out") == findings(tmp_path / "whole")
     assert done.layout.nbytes > plan(recipe(), planted).layout.nbytes
@@ -158,9 +191,60 @@ def test_a_budget_that_nothing_meets_is_refused_and_leaves_nothing(planted, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_killed_between_the_last_word_and_the_rename(planted, tmp_path, monkeypatch):
+    whole = recipe(keep="auto", keep_budget=0.02)
+    decided = reattend.apply(whole, planted, tmp_path / "whole")
+
+    def killed(self):
+        self.sync()
+        self._note("finished")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Staging, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            reattend.apply(whole, planted, tmp_path / "out")
+    done = reattend.apply(whole, planted, tmp_path / "out", resume=True)
+    assert done.layout.nbytes == decided.layout.nbytes
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_sensitivity_outlives_a_budget_that_nothing_meets(planted):
+    found = reattend.sensitivity(recipe(keep="auto", keep_budget=1e-12, select=("*.2.mlp.up_proj",)), planted)
+    assert list(found["sensitivity"]) == ["model.layers.2.mlp.up_proj"]
+    assert "keep_budget: 1e-12" in found["refused"]
+    assert "kept" not in found
+
+
+def test_a_token_whose_residual_stream_is_zero_counts_for_nothing(tmp_path):
+    """The start of every window may be a padding row of zeros."""
+    folder = tmp_path / "model"
+    shutil.copytree(demo.MODEL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    ids = sample_tokens(
+        read_text(SELECTION), load_tokenizer(demo.MODEL), windows=3, window=64, seed=0, bos_each=False
+    )
+    tensors["model.embed_tokens.weight"][ids[:, 0]] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = reattend.sensitivity(recipe(keep="auto"), folder)
+    assert all(0 < error < 1 for error in found["sensitivity"].values())
+
+
+def test_a_loss_that_is_no_number_is_told_as_that():
+    with pytest.raises(Refusal, match="loss on the selection text is nan"):
+        stored_loss({}, "kept-3", lambda: torch.tensor([1.0, torch.nan]))
+
+
 def test_settings_that_do_nothing_or_come_too_early(models):
-    with pytest.raises(Refusal, match="keep_budget: does nothing"):
-        plan(recipe(keep_budget=0.5), demo.MODEL)
+    with pytest.raises(ValueError, match="keep_budget does nothing"):
+        Int8(keep_budget=0.5)
+    with pytest.raises(Refusal, match="keep: auto: bert is an encoder"):
+        plan(recipe(keep="auto"), models("bert"))
+    for wrong in ("autoo", 3, None, ["a", 1]):
+        with pytest.raises(
+            Refusal, match=r"^r: keep: Input should be 'auto' or Input should be a valid (tuple|string)"
+        ):
+            parse_step({"step": "int8", "keep": wrong}, "r")
     two = Recipe(steps=(Int8(keep="auto"), Int8()), **TEXTS)
     with pytest.raises(Refusal, match=r"steps\[0\].*last step"):
         plan(two, demo.MODEL)
@@ -180,7 +264,7 @@ def demo_bytes():
 )
 def test_the_fewest_that_fit(most, least):
     asked = []
-    assert fewest(most, lambda count: (asked.append(count), count >= least)[1]) == least
+    assert fewest(0, most, lambda count: (asked.append(count), count >= least)[1]) == least
     assert len(asked) <= most.bit_length() + 1
     assert most not in asked
 

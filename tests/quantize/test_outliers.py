@@ -189,7 +189,7 @@ def test_linears_that_share_an_input_share_their_columns(models, family):
     model = kind.from_pretrained(models(family), dtype=torch.float32).eval()
     ids = torch.randint(3, 90, (4, 32), generator=torch.Generator().manual_seed(0))
     step, statistics = Int8(outliers="static"), {}
-    step.calibrate(source, lambda: layer_passes(model, source.family, {"calibration": ids}), statistics)
+    step.calibrate(source, lambda *texts: layer_passes(model, source.family, {"calibration": ids}), statistics)
     for file, content in step.side_files(source, statistics):
         found = load(content)
         inputs = {}

@@ -1,13 +1,38 @@
-"""Searches on a measured figure."""
+"""Searches on measured losses."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, MutableMapping
+
+from torch import Tensor
+
+from reattend.errors import BadNumbersError
 
 
-def fewest(most: int, fits: Callable[[int], bool]) -> int:
-    """Return the least count that fits, bisected; `most` fits, and what fits is taken to fit with more."""
-    low, high = 0, most
-    if fits(low):
-        return low
+def stored_loss(
+    statistics: MutableMapping[str, dict[str, Tensor]], name: str, measure: Callable[[], Tensor]
+) -> float:
+    """Return a mean over windows, measured (W,) where the statistics don't hold it under `name` yet.
+
+    Raises `BadNumbersError` where it is no number.
+    """
+    if name not in statistics:
+        statistics[name] = {"losses": measure()}
+    loss = float(statistics[name]["losses"].mean())
+    if not math.isfinite(loss):
+        raise BadNumbersError(f"the loss on the selection text is {loss} ({name})")
+    return loss
+
+
+def rise(loss: float, base: float) -> float:
+    """Return the relative rise of perplexity between two losses in nats."""
+    return math.expm1(loss - base)
+
+
+def fewest(least: int, most: int, fits: Callable[[int], bool]) -> int:
+    """Return the least count from `least` that fits, bisected; `most` fits, as does more than what fits."""
+    if fits(least):
+        return least
+    low, high = least, most
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)

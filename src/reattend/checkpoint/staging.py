@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,7 @@ class Staging:
     @property
     def holds_work(self) -> bool:
         """Whether there is something in it that a resumed run would not have to do again."""
+        wait([self._syncing] if self._syncing else [])
         return not self._fresh or bool(self.done) or any(file.is_file() for file in self.work.rglob("*"))
 
     def open_shards(self, layout: Layout) -> None:

@@ -49,7 +49,9 @@ class ShardReader:
         """Tell the system that `group` is read next, so that the disk works while we compute."""
         if hasattr(os, "posix_fadvise"):  # not on macOS
             for stored in group:
-                os.posix_fadvise(self._file(stored), stored.start, stored.spec.nbytes, os.POSIX_FADV_WILLNEED)
+                for offset in range(0, stored.spec.nbytes, CALL_BYTES):  # Linux heeds only the start of a long range
+                    length = min(CALL_BYTES, stored.spec.nbytes - offset)
+                    os.posix_fadvise(self._file(stored), stored.start + offset, length, os.POSIX_FADV_WILLNEED)
 
     def _read_into(self, stored: StoredTensor, data: Tensor) -> Tensor:
         self._fill(stored, data, 0)

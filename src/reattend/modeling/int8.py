@@ -18,14 +18,18 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query",
 
 
 class _Dequantised(Tensor):
-    """A weight made from codes at each access: what is written to it would be lost, as when an adapter is merged."""
+    """A weight made from codes at each access: what is written to it in place is lost."""
 
     # What is computed from it is a plain tensor.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        """Refuse: merging adapters goes through it."""
+        """The numbers; setting them, as when an adapter is merged, is refused."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
         raise RuntimeError("int8 weights can't be written to: keep the adapter, or merge it into the source model")
 
 
@@ -73,7 +77,7 @@ class Int8Linear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantised weight (O, I) in fp32, made anew, which nothing can be written to."""
+        """The dequantised weight (O, I) in fp32, made anew: what is written to it in place is lost."""
         return (self.codes.float() * self.scale[:, None]).as_subclass(_Dequantised)
 
     def effective_weight(self) -> Tensor:

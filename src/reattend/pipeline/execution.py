@@ -62,7 +62,8 @@ def apply(
     """Write `model` rewritten by `recipe` to the folder `out`; return the plan that was run, with what it decided.
 
     Calibration runs on `device`. `progress` is told source bytes ("rewriting") and layers ("calibrating").
-    Raises `Refusal` before anything is written, or, for NaN and inf in the weights, after removing what was;
+    Raises `Refusal` before anything is written, or, for NaN and inf in the weights and for a budget that
+    nothing meets, after removing what was;
     `Failure` for what goes wrong on the way: then what was finished is kept for `resume`. The same inputs on the
     same kind of device give the same bytes, interrupted or not.
     """

@@ -51,6 +51,12 @@ class Stage:
         copies = 8 * max(spec.numel for spec in reads)
         return sum(spec.nbytes for spec in reads) + sum(spec.nbytes for spec in group.writes) + copies
 
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of the tensors written, at most: what calibration is still to decide may leave all as they are."""
+        kept = sum(spec.nbytes for spec in self.source.tensors.values()) if self.transform.undecided else 0
+        return max(self.layout.nbytes, kept)
+
     def is_copy(self, group: Group) -> bool:
         """Whether a group is one tensor kept as it is."""
         return len(group.reads) == 1 and group.writes == (self.source.tensors[group.reads[0]],)
@@ -123,7 +129,7 @@ class Plan:
     def disk_bytes(self) -> int:
         """Bytes of the output, sidecars included, of a step's statistics and of the model between two steps."""
         sidecars = sum(self.checkpoint.sizes[f] for f in self.checkpoint.sidecars)
-        sizes = [s.layout.nbytes + sum(map(len, s.layout.headers.values())) + sidecars for s in self.stages]
+        sizes = [s.most_bytes + sum(map(len, s.layout.headers.values())) + sidecars for s in self.stages]
         kept = [stage.transform.statistics_bytes(stage.source) for stage in self.stages]
         return max(sum(bytes_) for bytes_ in zip(sizes, [0, *sizes], kept, strict=False))
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from reattend.checkpoint.files import open_files
-from reattend.errors import Refusal
+from reattend.checkpoint.files import LocalFolder, open_files
+from reattend.errors import BadNumbersError, DeadEndError, Refusal
 from reattend.modeling.loading import check_device
-from reattend.pipeline.calibrating import StoredStatistics, prepare
-from reattend.pipeline.planning import plan, settle
+from reattend.pipeline.calibrating import Calibration, StoredStatistics, prepare
+from reattend.pipeline.planning import Plan, plan, settle
 from reattend.progress import Progress, silent
 from reattend.recipes.schema import Recipe
 
@@ -25,17 +25,31 @@ def sensitivity(
 
     Returns its findings, for `int8`: `sensitivity` (linear -> relative squared error of its layer's output with that
     linear alone in int8; by falling error per weight), `kept`, `selection_perplexity` by number of linears kept; and
-    `bytes_before`, `bytes_after` (bytes). Raises `Refusal` for another recipe, and as `apply` does.
+    `bytes_before`, `bytes_after` (bytes). Where nothing meets a budget, `refused` says so in the place of `kept` and
+    `bytes_after`. Raises `Refusal` for another recipe, and as `apply` does.
     """
     check_device(device)
-    planned = plan(recipe, open_files(model).download())
+    files = open_files(model)
+    planned = plan(recipe, model)  # what can't be done is refused before a Hub repository is downloaded
     if len(planned.stages) != 1 or not planned.stages[0].transform.undecided:
         raise Refusal("sensitivity: expects a recipe of one step that leaves something open, as int8 with keep: auto")
-    stage, folder = planned.stages[0], Path(planned.checkpoint.files.name)
-    calibration = prepare(planned, device, progress)
+    planned = planned if isinstance(files, LocalFolder) else plan(recipe, files.download())
+    findings = _measure(planned, prepare(planned, device, progress))
+    report = {"model": str(model), "remarks": list(planned.remarks), "bytes_before": planned.checkpoint.nbytes}
+    if "refused" not in findings:
+        report["bytes_after"] = settle(planned, findings).layout.nbytes
+    return report | findings
+
+
+def _measure(planned: Plan, calibration: Calibration) -> dict[str, Any]:
+    """Run the step's calibration; where it comes to nothing that can be written, what was measured stays true."""
+    (stage,), folder = planned.stages, Path(planned.checkpoint.files.name)
     with TemporaryDirectory() as scratch:
         statistics = StoredStatistics(Path(scratch))
-        stage.transform.calibrate(stage.source, calibration.passes(stage, folder), statistics)
-        findings = stage.transform.findings(statistics)
-    sizes = {"bytes_before": planned.checkpoint.nbytes, "bytes_after": settle(planned, findings).layout.nbytes}
-    return {"model": str(model), **sizes, **findings}
+        try:
+            stage.transform.calibrate(stage.source, calibration.passes(stage, folder), statistics)
+        except BadNumbersError:
+            raise
+        except DeadEndError as error:
+            return stage.transform.findings(statistics) | {"refused": str(error)}
+        return stage.transform.findings(statistics)

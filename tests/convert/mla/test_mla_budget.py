@@ -107,7 +107,7 @@ def test_before_calibration_sizes_are_those_of_the_largest_rank():
 
 
 def test_a_budget_that_no_rank_meets_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "_loss", lambda passes, statistics, convert, rank: 2.0 if rank else 1.0)
+    monkeypatch.setattr(budget, "_losses", lambda passes, convert, rank: torch.tensor([2.0 if rank else 1.0]))
     with pytest.raises(Refusal, match=r"perplexity_budget: 0.05 is not met by latent_rank \d+"):
         reattend.apply(recipe(**AUTO), demo.MODEL, tmp_path / "out")
     assert not list(tmp_path.iterdir())
