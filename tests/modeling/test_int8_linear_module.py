@@ -136,6 +136,21 @@ def test_logits_are_close_to_the_source(models, int8, family, recipe):
             assert any(isinstance(m, Int8Linear) for m in model.modules())
 
 
+def test_load_quantises_the_head_when_told(models, int8):
+    folder = int8("llama")
+    model = reattend.load(folder, dtype="float32", int8_head=True).model
+    plain = reattend.load(folder, dtype="float32").model
+    head = model.get_output_embeddings()
+    assert isinstance(head, Int8Linear)
+    assert not isinstance(plain.get_output_embeddings(), Int8Linear)
+    want = plain.get_output_embeddings().weight
+    assert (head.weight - want).abs().max() <= 0.51 * head.scale.max()
+    assert torch.equal(model.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+    for options in ({"runtime": "stock"}, {}):
+        with pytest.raises(Refusal, match="int8_head: only int8 checkpoints"):
+            reattend.load(folder if options else models("llama"), int8_head=True, **options)
+
+
 def test_codes_and_scales_are_those_of_the_file(int8):
     folder = int8("llama")
     stored = load_file(folder / "model.safetensors")
