@@ -15,7 +15,8 @@ from reattend.calibration.layerwise import Hook, LayerPass
 from reattend.convert.mla.attention import LatentAttention, compose, output_error, read_source
 from reattend.convert.mla.closed_form import Choice, best_choice, convert_layer
 from reattend.convert.mla.geometry import Geometry
-from reattend.convert.mla.refit import Schedule, refit
+from reattend.convert.mla.queries import truncate_queries
+from reattend.convert.mla.refit import Schedule, fit_output, refit
 from reattend.convert.mla.rotation import Components, rotate_heads
 from reattend.convert.mla.selection import RopePart, assign_slots, common_list, drop_cost, slot_gain
 from reattend.convert.mla.statistics import LayerMoments, MomentAccumulator, TokenMoments, mean_phase
@@ -82,12 +83,13 @@ def slots_of_all(
 
 @dataclass(frozen=True)
 class Conversion:
-    """How layers are converted: sizes, whether a bias can hold the values' mean, and the fit (None: no refit)."""
+    """How layers are converted: sizes, whether a bias can hold the values' mean, the fit (None: no refit)."""
 
     geometry: Geometry
     latent_rank: int
     centred: bool
     schedule: Schedule | None
+    query_rank: int | None = None
 
 
 def convert(
@@ -114,7 +116,17 @@ def convert(
             best, errors["refit"] = _fitted(best, closed, seen, how)
         except FloatingPointError as error:
             raise Failure(f"mla: layer {layer.index}: {error}") from error
+    if how.query_rank is not None:
+        best = _with_query_rank(best, seen["calibration"], how)
+        errors["query_rank"] = _error(best, *seen["selection"])
     return best, errors
+
+
+def _with_query_rank(layer: LatentAttention, calibration: tuple[Tensor, Tensor], how: Conversion) -> LatentAttention:
+    """Truncate the queries; a refit then has `o_proj` make up for what that cost."""
+    assert how.query_rank is not None
+    truncated = truncate_queries(layer, how.query_rank, calibration[0])
+    return truncated if how.schedule is None else fit_output(truncated.to(torch.float32), *calibration)
 
 
 def _fitted(

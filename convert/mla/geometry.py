@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reattend.checkpoint.header import TensorSpec
+from reattend.convert.mla.queries import QueryLatent
 from reattend.convert.mla.rope import Rotary, read_rotary
 from reattend.errors import Refusal
 from reattend.families.source import Source
@@ -65,7 +66,16 @@ def attention_name(source: Source, layer: int, name: str) -> str:
     return f"{source.layer_prefix(layer)}self_attn.{name}"
 
 
-def native_specs(geometry: Geometry, rope_dim: int, latent_rank: int, *, biased: bool) -> dict[str, tuple[int, ...]]:
+def query_latent(geometry: Geometry, query_rank: int | None) -> QueryLatent | None:
+    """Return what query latents hold, if there are any: for a low rank, or for biases, which have no other place."""
+    if query_rank is None and not geometry.query_bias:
+        return None
+    return QueryLatent(query_rank or geometry.hidden, geometry.query_bias)
+
+
+def native_specs(
+    geometry: Geometry, rope_dim: int, latent_rank: int, *, biased: bool, queries: QueryLatent | None
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a native layer's `self_attn` by short names."""
     hidden, heads, head_dim = geometry.hidden, geometry.heads, geometry.head_dim
     query = heads * (head_dim + rope_dim)
@@ -77,13 +87,13 @@ def native_specs(geometry: Geometry, rope_dim: int, latent_rank: int, *, biased:
     }
     if biased:
         shapes |= {"kv_a_proj_with_mqa.bias": (latent_rank + rope_dim,), "o_proj.bias": (hidden,)}
-    if not geometry.query_bias:
+    if queries is None:
         return shapes | {"q_proj.weight": (query, hidden)}
+    shapes |= {"q_a_proj.bias": (queries.width,)} if biased else {}
     return shapes | {
-        "q_a_proj.weight": (hidden + 1, hidden),
-        "q_a_proj.bias": (hidden + 1,),
-        "q_a_layernorm.weight": (hidden + 1,),
-        "q_b_proj.weight": (query, hidden + 1),
+        "q_a_proj.weight": (queries.width, hidden),
+        "q_a_layernorm.weight": (queries.width,),
+        "q_b_proj.weight": (query, queries.width),
     }
 
 

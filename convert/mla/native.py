@@ -3,7 +3,7 @@
 The class puts an RMSNorm on the latent. It is neutralised by living where its eps dominates: the latent rows
 are scaled by a power of two so small that x / sqrt(mean(x^2) + eps) is x / sqrt(eps) up to `relative_error`;
 the norm's weight undoes it, up to a leftover that a power of two can't hold and that is folded into kv_b. A
-norm on the query latent, needed only to place query biases, is treated alike.
+norm on the query latent, which holds query biases and queries of low rank, is treated alike.
 
 Legend as in `attention`; O query latent.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from reattend.convert.mla.attention import LatentAttention
+from reattend.convert.mla.queries import QueryLatent, factorise
 from reattend.convert.mla.rope import Rotary, default_frequencies, longrope_factors
 
 # How far a norm may shrink its largest token. fp32 and bf16 have exponents to spare; fp16 would lose latents
@@ -75,15 +76,15 @@ def latent_bound(down_LE: Tensor, norm_weight_E: Tensor, bias_L: Tensor | None =
 
 
 def native_layer(
-    attention: LatentAttention, norm_weight_E: Tensor, eps: float, *, biased: bool, query_latent: bool,
+    attention: LatentAttention, norm_weight_E: Tensor, eps: float, *, biased: bool, queries: QueryLatent | None,
     relative_error: float = WIDE_RANGE_ERROR,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return the tensors of `self_attn` by their short names, fp32.
 
-    `biased` and `query_latent` are properties of the model (`attention_bias`, `q_lora_rank`): a layer without
-    a bias gets zeros. Raises `ValueError` if the layer has biases that `biased` or `query_latent` rule out.
+    `biased` and `queries` are properties of the model (`attention_bias`, `q_lora_rank`): a layer without
+    a bias gets zeros. Raises `ValueError` if the layer has biases that `biased` or `queries` rule out.
     """
-    _check_biases(attention, biased, query_latent)
+    _check_biases(attention, biased, queries)
     rank, heads = attention.latent_rank, len(attention.query_HQE)
     bias_L = None if attention.down_bias_C is None else attention.down_bias_C[:rank]
     bound = latent_bound(attention.down_CE[:rank], norm_weight_E, bias_L)
@@ -100,17 +101,22 @@ def native_layer(
     if biased:
         tensors["kv_a_proj_with_mqa.bias"] = _or_zeros(attention.down_bias_C, len(scale_C1)) * scale_C1[:, 0]
         tensors["o_proj.bias"] = _or_zeros(attention.output_bias_E, attention.down_CE.shape[1])
-    query = _latent_query if query_latent else _plain_query
-    tensors |= query(attention, norm_weight_E, eps, relative_error)
+    if queries is None:
+        tensors["q_proj.weight"] = (attention.query_HQE.double() * _query_gain(attention)).flatten(0, 1)
+    else:
+        tensors |= _latent_query(attention, norm_weight_E, eps, relative_error, queries)
+        if not biased:
+            del tensors["q_a_proj.bias"]
     return {name: value.to(torch.float32).contiguous() for name, value in tensors.items()}
 
 
-def _check_biases(attention: LatentAttention, biased: bool, query_latent: bool) -> None:
-    if query_latent and not biased:
+def _check_biases(attention: LatentAttention, biased: bool, queries: QueryLatent | None) -> None:
+    holds = queries is not None and queries.bias
+    if holds and not biased:
         raise ValueError("a query latent holds biases, so it needs biased")
     if not biased and (attention.down_bias_C is not None or attention.output_bias_E is not None):
         raise ValueError("the layer has key, value or output biases, and the target holds none")
-    if not query_latent and attention.query_bias_HQ is not None:
+    if not holds and attention.query_bias_HQ is not None:
         raise ValueError("the layer has query biases, which need a query latent")
 
 
@@ -123,26 +129,24 @@ def _query_gain(attention: LatentAttention) -> float:
     return attention.scale * math.sqrt(attention.query_HQE.shape[1])
 
 
-def _plain_query(attention: LatentAttention, *_: object) -> dict[str, Tensor]:
-    return {"q_proj.weight": (attention.query_HQE.double() * _query_gain(attention)).flatten(0, 1)}
-
-
 def _latent_query(
-    attention: LatentAttention, norm_weight_E: Tensor, eps: float, relative_error: float
+    attention: LatentAttention, norm_weight_E: Tensor, eps: float, relative_error: float, queries: QueryLatent
 ) -> dict[str, Tensor]:
-    """Pass the input through a query latent of E + 1 channels, the last one constant: it carries the bias."""
-    hidden = attention.query_HQE.shape[-1]
-    norm = neutral_norm(float(norm_weight_E.double().square().max()) + 1, eps, relative_error)
-    bias_O = torch.zeros(hidden + 1, dtype=torch.float64)
-    bias_O[-1] = norm.row_scale
-    heads, width = attention.query_HQE.shape[:2]
-    bias_HQ1 = _or_zeros(attention.query_bias_HQ, heads * width).view(heads, width, 1)
-    query_HQO = torch.cat([attention.query_HQE.double(), bias_HQ1], -1)
+    """Pass the input through the query latent; a last, constant channel carries biases. The rank must be held."""
+    query_FE, hidden = attention.query_HQE.flatten(0, 1).double(), attention.query_HQE.shape[-1]
+    full = queries.rank == hidden
+    up_FO, down_OE = (query_FE, torch.eye(hidden, dtype=torch.float64)) if full else factorise(query_FE, queries.rank)
+    bias_O = torch.zeros(queries.rank, dtype=torch.float64)
+    if queries.bias:
+        up_FO = torch.cat([up_FO, _or_zeros(attention.query_bias_HQ, len(query_FE)).view(-1, 1)], 1)
+        down_OE = torch.cat([down_OE, torch.zeros(1, hidden, dtype=torch.float64)])
+        bias_O = torch.cat([bias_O, torch.ones(1, dtype=torch.float64)])
+    norm = neutral_norm(latent_bound(down_OE, norm_weight_E, bias_O), eps, relative_error)
     return {
-        "q_a_proj.weight": torch.eye(hidden + 1, hidden, dtype=torch.float64) * norm.row_scale,
-        "q_a_proj.bias": bias_O,
-        "q_a_layernorm.weight": torch.full((hidden + 1,), norm.weight),
-        "q_b_proj.weight": (query_HQO * _query_gain(attention) * norm.leftover).flatten(0, 1),
+        "q_a_proj.weight": down_OE * norm.row_scale,
+        "q_a_proj.bias": bias_O * norm.row_scale,
+        "q_a_layernorm.weight": torch.full((queries.width,), norm.weight),
+        "q_b_proj.weight": up_FO * _query_gain(attention) * norm.leftover,
     }
 
 
@@ -178,7 +182,7 @@ _KEPT_KEYS = (
 
 def native_config(
     source: Mapping[str, Any], attention: LatentAttention, rope: Mapping[str, Any], *, biased: bool,
-    query_latent: bool, tied: bool,
+    queries: QueryLatent | None, tied: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the deepseek_v3 config of a model whose layers are all shaped like `attention`, and all dense."""
     config = {key: source[key] for key in _KEPT_KEYS if key in source}
@@ -188,7 +192,7 @@ def native_config(
         "architectures": ["DeepseekV3ForCausalLM"],
         "num_key_value_heads": config["num_attention_heads"],
         "kv_lora_rank": attention.latent_rank,
-        "q_lora_rank": config["hidden_size"] + 1 if query_latent else None,
+        "q_lora_rank": None if queries is None else queries.width,
         "qk_rope_head_dim": attention.rope_dim,
         "qk_nope_head_dim": free,
         "v_head_dim": attention.value_HVL.shape[1],

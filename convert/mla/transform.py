@@ -21,6 +21,7 @@ from reattend.convert.mla.geometry import (
     attention_name,
     native_specs,
     native_tensor_specs,
+    query_latent,
     read_geometry,
 )
 from reattend.convert.mla.native import (
@@ -55,6 +56,9 @@ class Mla(BaseModel):
     )  # fmt: skip
     rope_dim: int = Field(
         64, ge=2, strict=True, multiple_of=2, description="rotary numbers per token (kernels know 64)"
+    )
+    query_rank: Annotated[int, Field(ge=1, strict=True)] | None = Field(
+        None, description="directions of the input that queries depend on (q_lora_rank); none: all"
     )
     target: Literal["transformers", "vllm"] = Field("transformers", description="whose deepseek_v3 must hold it")
     refit: bool = Field(
@@ -111,6 +115,9 @@ class Mla(BaseModel):
             raise Refusal(f"mla: {budget} leaves no {RANK_STEP} numbers beside rope_dim")
         if rank > most:
             raise Refusal(f"mla: latent_rank: {rank} is more than {most}: the cache would not shrink")
+        widest = min(geometry.hidden, geometry.heads * (geometry.head_dim + self.rope_dim))
+        if self.query_rank is not None and self.query_rank > widest:
+            raise Refusal(f"mla: query_rank: {self.query_rank} is more than the {widest} that queries have")
 
     def _rank(self, geometry: Geometry) -> int:
         """Return latent_rank; auto is the largest that the budget allows, undecided the largest of all."""
@@ -142,7 +149,7 @@ class Mla(BaseModel):
         pair_S, kept_YS = slots_of_all(every, geometry, self.rope_dim // 2, self._fixed(geometry))
         statistics["model"] = {"pairs": pair_S}
         schedule = Schedule(self.refit_steps, self.refit_rate, windows=self.refit_windows) if self.refit else None
-        how = Conversion(geometry, self._rank(geometry), self._biased, schedule)
+        how = Conversion(geometry, self._rank(geometry), self._biased, schedule, self.query_rank)
         if self.perplexity_budget is not None:
             how = replace(how, latent_rank=self._decided(passes, statistics, (pair_S, kept_YS), how))
             statistics["rank"] = {"latent_rank": torch.tensor(how.latent_rank)}
@@ -161,7 +168,7 @@ class Mla(BaseModel):
 
         def closed_form(layer: LayerPass, rank: int) -> LatentAttention:
             moments = read_moments(statistics[f"moments-{layer.index}"])
-            closed = replace(how, latent_rank=rank, schedule=None)
+            closed = replace(how, latent_rank=rank, schedule=None, query_rank=None)
             return convert(layer, moments, pair_S, kept_YS[layer.index], closed)[0]
 
         return decide_rank(passes, statistics, closed_form, how.latent_rank, self.perplexity_budget)
@@ -179,7 +186,7 @@ class Mla(BaseModel):
         eps = TARGETS[self.target].eps(float(source.get("rms_norm_eps") or 1e-6))
         narrow = source.tensors[attention_name(source, layer.index, "q_proj.weight")].dtype == "F16"
         return native_layer(
-            attention, norm_E, eps, biased=self._biased, query_latent=geometry.query_bias,
+            attention, norm_E, eps, biased=self._biased, queries=query_latent(geometry, self.query_rank),
             relative_error=FP16_ERROR if narrow else WIDE_RANGE_ERROR,
         )  # fmt: skip
 
@@ -188,7 +195,7 @@ class Mla(BaseModel):
         geometry = read_geometry(source)
         width = 2 * geometry.kv_heads * geometry.head_dim
         moments = 2 * (width + 1) * width + geometry.heads * geometry.head_dim**2 + geometry.max_positions
-        native = native_specs(geometry, self.rope_dim, self._rank(geometry), biased=self._biased).values()
+        native = self._specs(geometry).values()
         return 8 * source.num_layers * (moments + sum(math.prod(shape) for shape in native))
 
     @property
@@ -202,10 +209,14 @@ class Mla(BaseModel):
             return self
         return self.model_copy(update={"latent_rank": findings["latent_rank"], "perplexity_budget": None})
 
+    def _specs(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        queries = query_latent(geometry, self.query_rank)
+        return native_specs(geometry, self.rope_dim, self._rank(geometry), biased=self._biased, queries=queries)
+
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield one group per layer's attention, and the embedding where the head has to be untied."""
         geometry = read_geometry(source)
-        shapes = native_specs(geometry, self.rope_dim, self._rank(geometry), biased=self._biased)
+        shapes = self._specs(geometry)
         for layer in range(source.num_layers):
             every = (attention_name(source, layer, name) for name in (*READ, *BIASES))
             reads = tuple(name for name in every if name in source.tensors)
@@ -237,7 +248,8 @@ class Mla(BaseModel):
             chosen = geometry.rotary.pick(statistics["model"]["pairs"])
             rope = native_rope(chosen, geometry.theta, geometry.max_positions)
         return native_config(
-            source.config, self._shape(geometry), rope, biased=self._biased, query_latent=geometry.query_bias,
+            source.config, self._shape(geometry), rope, biased=self._biased,
+            queries=query_latent(geometry, self.query_rank),
             tied=source.tied and TARGETS[self.target].tied_head,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from reattend.convert.mla.native import (
     native_rope,
     neutral_norm,
 )
+from reattend.convert.mla.queries import QueryLatent
 from reattend.convert.mla.rope import Rotary, default_frequencies, read_rotary
 from reattend.convert.mla.rotation import rotate_heads
 from reattend.convert.mla.selection import leading, strongest
@@ -48,18 +49,17 @@ def layers_of(model):
     ]
 
 
-def native(model, converted, dtype, target="transformers", relative_error=1e-7):
+def native(model, converted, dtype, target="transformers", relative_error=1e-7, query_rank=None):
     """Write `converted` layers as a stock model; nothing of the source's attention is kept."""
     engine = TARGETS[target]
     biased = any(a.output_bias_E is not None or a.down_bias_C is not None for a in converted)
-    query_latent = any(a.query_bias_HQ is not None for a in converted)
+    latent = any(a.query_bias_HQ is not None for a in converted)
+    queries = QueryLatent(query_rank or model.config.hidden_size, latent) if latent or query_rank else None
     rope = native_rope(
         converted[0].rotary, model.config.rope_parameters["rope_theta"], model.config.max_position_embeddings
     )
     tied = model.config.tie_word_embeddings
-    config = native_config(
-        model.config.to_dict(), converted[0], rope, biased=biased, query_latent=query_latent, tied=tied
-    )
+    config = native_config(model.config.to_dict(), converted[0], rope, biased=biased, queries=queries, tied=tied)
     state = {name: value for name, value in model.state_dict().items() if "self_attn" not in name}
     for i, (layer, attention) in enumerate(zip(model.model.layers, converted, strict=True)):
         tensors = native_layer(
@@ -67,7 +67,7 @@ def native(model, converted, dtype, target="transformers", relative_error=1e-7):
             layer.input_layernorm.weight.detach(),
             engine.eps(model.config.rms_norm_eps),
             biased=biased,
-            query_latent=query_latent,
+            queries=queries,
             relative_error=relative_error,
         )
         assert all(t.dtype == torch.float32 for t in tensors.values())
@@ -258,11 +258,11 @@ def test_biases_without_a_place_refuse():
     biased = compose(random_source(6, 3, 10, rotary, biased=True), same_cache(6, 3, 10))
     ones = torch.ones(12)
     with pytest.raises(ValueError, match="key, value or output biases"):
-        native_layer(biased, ones, 1e-6, biased=False, query_latent=False)
+        native_layer(biased, ones, 1e-6, biased=False, queries=None)
     with pytest.raises(ValueError, match="query biases"):
-        native_layer(biased, ones, 1e-6, biased=True, query_latent=False)
+        native_layer(biased, ones, 1e-6, biased=True, queries=None)
     with pytest.raises(ValueError, match="needs biased"):
-        native_layer(biased, ones, 1e-6, biased=False, query_latent=True)
+        native_layer(biased, ones, 1e-6, biased=False, queries=QueryLatent(len(ones), True))
     with pytest.raises(ValueError, match="rotary factor"):
         native_rope(Rotary(default_frequencies(1e4, 10), 1.5), 1e4, 64)
 
