@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
@@ -77,7 +78,10 @@ def _read(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key which stands twice: YAML forbids it, and PyYAML takes the last."""
+    """A safe loader that refuses a key which stands twice: YAML forbids it, and PyYAML takes the last.
+
+    And it takes 1e-3 for a number, as YAML 1.2 does.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """See the class."""
@@ -86,6 +90,11 @@ class _Loader(yaml.SafeLoader):
             if times > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -5,7 +5,7 @@ import typing
 import pytest
 
 from reattend import Refusal
-from reattend.recipes.schema import Recipe, override, parse_step, step_class
+from reattend.recipes.schema import Recipe, override, parse_step, parse_yaml, step_class
 from reattend.recipes.table import TRANSFORMS
 
 CLASSES = {"recipe": Recipe} | {name: step_class(name) for name in TRANSFORMS}
@@ -28,6 +28,11 @@ FIELDS = [
     for plain in kinds(annotation)
     for value in WRONG[plain]
 ]
+
+
+def test_numbers_are_written_as_yaml_1_2_has_them():
+    text = "[1e-3, 2E+2, -1.5e3, 1e5, 1.0e-3, 12, e5, 1e, x1e-3]"
+    assert parse_yaml(text, "text") == [1e-3, 200.0, -1500.0, 1e5, 1e-3, 12, "e5", "1e", "x1e-3"]
 
 
 def test_there_are_fields_to_test():

@@ -200,6 +200,7 @@ def output_error(ours_BTE: Tensor, source_BTE: Tensor, floor: float = 0.1) -> Te
 
 
 def token_weight(source_BTE: Tensor, floor: float = 0.1) -> Tensor:
-    """Return the weight of a token's square error in `output_error`, (B, T)."""
+    """Return the weight of a token's square error in `output_error`, (B, T); 1 where the source puts out nothing."""
     size_BT = source_BTE.pow(2).sum(-1)
-    return 1 / (size_BT + floor * size_BT.median())
+    size_BT = size_BT + floor * size_BT.median()
+    return 1 / torch.where(size_BT > 0, size_BT, 1.0)

@@ -35,8 +35,9 @@ def balance(layer: LatentAttention) -> LatentAttention:
 
 
 def _factor(write_square: Tensor, read_square: Tensor) -> Tensor:
-    factor = (read_square / write_square.clamp(min=1e-60)).pow(0.25)
-    return torch.where(factor > 0, factor, torch.ones_like(factor))
+    used = (write_square > 0) & (read_square > 0)  # a pruned projection leaves zeros, which no factor balances
+    factor = (read_square / torch.where(used, write_square, 1.0)).pow(0.25)
+    return torch.where(used, factor, torch.ones_like(factor))
 
 
 def _by_pair(square_R: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ def rotate_heads(
     second_FGG = complex_second(key_second_ZZ, half)
     second_FGG = second_FGG if hermitian else torch.complex(second_FGG.real, torch.zeros_like(second_FGG.real))
     weight_FG = query_energy(query_HDD, kv) if weighted else torch.ones(half, kv, dtype=torch.float64)
+    weight_FG = weight_FG if bool((weight_FG > 0).any()) else torch.ones_like(weight_FG)  # queries may be pruned
     root_FG = weight_FG.clamp(min=float(weight_FG.max()) * 1e-12).sqrt()
     value_FC, vector_FGC = torch.linalg.eigh(root_FG[:, :, None] * second_FGG * root_FG[:, None])
     key_FCG = vector_FGC.flip(-1).mH * root_FG[:, None]

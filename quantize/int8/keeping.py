@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reattend.calibration.layerwise import LayerPass
 from reattend.calibration.search import fewest, rise, stored_loss
-from reattend.errors import BadNumbersError, DeadEndError
+from reattend.errors import DeadEndError
 from reattend.quantize.int8.simulation import Simulated, output_errors, standing_in
 from reattend.transform import Passes, Statistics
 
@@ -52,7 +52,8 @@ class Keeping:
             linears = self.linears(layer, None)
             for name, error in output_errors(layer, _TEXT, linears).items():
                 if not math.isfinite(error):
-                    raise BadNumbersError(f"layer {layer.index}: with {name} in int8 its output is NaN or inf")
+                    layer.text = _TEXT
+                    raise layer.bad_numbers(f"with {name} in int8")
                 found[self.prefix(layer.index) + name] = torch.tensor(
                     [error, linears[name].codes.numel()], dtype=torch.float64
                 )

@@ -170,6 +170,32 @@ def interrupt(monkeypatch, model, out):
         reattend.apply("int8", model, out, progress=stop)
 
 
+@pytest.mark.parametrize("damage", ["lost", "short", "group that is none", "finished", "shape", "depth"])
+def test_resume_refuses_what_its_journal_does_not_fit(models, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(staging, "_SYNC_BYTES", 1)  # groups are noted at once
+    interrupt(monkeypatch, models("llama"), tmp_path / "out")
+    folder = tmp_path / ".out.partial"
+    journal = folder / staging.JOURNAL
+    assert journal.read_text().count("\n[") >= 2
+    (shard,) = (folder / "out").glob("*.safetensors")
+    if damage == "lost":
+        shard.unlink()
+    elif damage == "short":
+        os.truncate(shard, 5000)
+    else:
+        more = {
+            "group that is none": "[9999]",
+            "finished": '"finished"',
+            "shape": '["a", null]',
+            "depth": "[" * 100_000,
+        }
+        journal.write_text(journal.read_text() + more[damage] + "\n")
+    with pytest.raises(Refusal, match="--overwrite"):
+        reattend.apply("int8", models("llama"), tmp_path / "out", resume=True)
+    assert not (tmp_path / "out").exists()
+    assert folder.exists()
+
+
 def test_resume_refuses_another_recipe_and_changed_weights(models, tmp_path, monkeypatch):
     folder = shutil.copytree(models("llama"), tmp_path / "in")
     interrupt(monkeypatch, folder, tmp_path / "out")

@@ -230,8 +230,28 @@ def test_a_token_whose_residual_stream_is_zero_counts_for_nothing(tmp_path):
     assert all(0 < error < 1 for error in found["sensitivity"].values())
 
 
+def test_weights_that_are_no_numbers_are_named(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(demo.MODEL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Refusal, match=r"layer 1.*its tensor 'self_attn.q_proj.weight' does"):
+        reattend.sensitivity(recipe(keep="auto"), folder)
+
+
+@pytest.mark.parametrize("texts", [{"calibration": 5}, {"calibration": {"sha256": 3}}, [1]])
+def test_a_source_whose_record_of_texts_is_damaged_is_refused(tmp_path, texts):
+    folder = tmp_path / "model"
+    shutil.copytree(demo.MODEL, folder)
+    (folder / "reattend.json").write_text(json.dumps({"texts": texts}))
+    with pytest.raises(Refusal, match=r"reattend\.json: is damaged"):
+        reattend.apply(recipe(keep="auto"), folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_loss_that_is_no_number_is_told_as_that():
-    with pytest.raises(Refusal, match="loss on the selection text is nan"):
+    with pytest.raises(Refusal, match="loss on the selection text is nan: its last norm"):
         stored_loss({}, "kept-3", lambda: torch.tensor([1.0, torch.nan]))
 
 

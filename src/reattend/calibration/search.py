@@ -19,7 +19,8 @@ def stored_loss(
         statistics[name] = {"losses": measure()}
     loss = float(statistics[name]["losses"].mean())
     if not math.isfinite(loss):
-        raise BadNumbersError(f"the loss on the selection text is {loss} ({name})")
+        where = "its last norm or its head holds NaN or inf, or logits overflow"
+        raise BadNumbersError(f"the model's loss on the selection text is {loss}: {where}")
     return loss
 
 

@@ -147,9 +147,12 @@ class Staging:
         whole = self._journal.read().rpartition(b"\n")[0]
         self._journal.truncate(len(whole) + 1 if whole else 0)
         try:
-            return [json.loads(line) for line in whole.split(b"\n")] if whole else []
-        except ValueError as error:
+            lines = [json.loads(line) for line in whole.split(b"\n")] if whole else []
+        except (ValueError, RecursionError) as error:
             raise Refusal(f"{self.folder / JOURNAL}: is damaged; use --overwrite") from error
+        if not all(line == "finished" or _group_numbers(line) for line in lines[1:]):
+            raise Refusal(f"{self.folder / JOURNAL}: is damaged; use --overwrite")
+        return lines
 
     def _clear(self) -> None:
         for folder in (self.files, self.work, self.folder / _REPLACED):
@@ -161,13 +164,26 @@ class Staging:
         os.fsync(self._journal.fileno())
 
     @property
+    def resumed(self) -> bool:
+        """Whether it goes on with what an interrupted run left."""
+        return not self._fresh
+
+    @property
     def holds_work(self) -> bool:
         """Whether there is something in it that a resumed run would not have to do again."""
         wait([self._syncing] if self._syncing else [])
         return not self._fresh or bool(self.done) or any(file.is_file() for file in self.work.rglob("*"))
 
-    def open_shards(self, layout: Layout) -> None:
-        """Open every shard at its full size, header written."""
+    def open_shards(self, layout: Layout, ends: Mapping[int, Mapping[str, int]]) -> None:
+        """Open every shard, header written. `ends` says how far each group reaches into each shard.
+
+        Raises `Refusal` where a shard lacks what the journal says is on the disk.
+        """
+        for group in self.done:
+            for file, end in ends.get(group, {"no such group": 0}).items():
+                path = self.files / file
+                if not path.is_file() or path.stat().st_size < end:
+                    raise Refusal(f"{self.folder}: lacks what its journal says was written; use --overwrite")
         for file, header in layout.headers.items():
             shard = os.open(self.files / file, os.O_RDWR | os.O_CREAT, 0o644)
             _write_all(shard, memoryview(header), 0)
@@ -225,6 +241,8 @@ class Staging:
             self.sync()
             _sync_path(self.files)
             self._note("finished")
+        if not any((folder / "config.json").is_file() for folder in (self.files, self.out)):
+            raise Refusal(f"{self.folder}: lacks what its journal says was written; use --overwrite")
         if self.files.exists():  # else a run was killed between the last rename and the clearing
             if self.out.exists():
                 self.out.rename(self.folder / _REPLACED)
@@ -253,6 +271,10 @@ def write_whole(path: Path, data: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.rename(path)
+
+
+def _group_numbers(line: Any) -> bool:
+    return isinstance(line, list) and all(type(number) is int and number >= 0 for number in line)
 
 
 def _empty(path: Path) -> bool:

@@ -149,6 +149,8 @@ def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise Refusal(f"--set {setting}: expected KEY=VALUE")
+        if key == "step":
+            raise Refusal(f"--set {setting}: the command says which step it is")
         if key in chosen:
             raise Refusal(f"--set {setting}: {key} is set twice")
         chosen[key] = parse_yaml(value, f"--set {setting}")

@@ -167,6 +167,13 @@ def earlier_texts(checkpoint: Checkpoint) -> dict[str, Any]:
     if MANIFEST not in checkpoint.sizes:
         return {}
     texts = read_json(checkpoint.files, checkpoint.sizes, MANIFEST).get("texts")
-    if not isinstance(texts, dict):
+    if not isinstance(texts, dict) or not all(_is_record(record) for record in texts.values()):
         raise Refusal(f"{checkpoint.files.name}/{MANIFEST}: is damaged")
     return {f"earlier {purpose}": record for purpose, record in texts.items()}
+
+
+def _is_record(record: Any) -> bool:
+    """Whether this is a text's hash, alone as older outputs have it, or with a fingerprint."""
+    if isinstance(record, str):
+        return True
+    return isinstance(record, dict) and isinstance(record.get("sha256"), str) and "shingles" in record

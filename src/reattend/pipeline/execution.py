@@ -13,7 +13,7 @@ import reattend
 from reattend.checkpoint.files import LocalFolder, open_files
 from reattend.checkpoint.index import INDEX, MANIFEST, RECIPE, fingerprint, open_checkpoint
 from reattend.checkpoint.staging import Staging
-from reattend.errors import DeadEndError, Failure, Refusal
+from reattend.errors import DeadEndError, Failure, ReattendError, Refusal, first_line
 from reattend.modeling.loading import check_device
 from reattend.pipeline.calibrating import Calibration, earlier_texts, prepare
 from reattend.pipeline.planning import Plan, Stage, plan, settle
@@ -92,9 +92,12 @@ def _run_or_clear(run: _Run, staging: Staging) -> None:
     except OSError as error:
         kept = f"what was written is kept in {staging.folder} for --resume"
         raise Failure(f"{staging.out}: {error.strerror or error}; {kept}") from error
-    except Exception:
+    except Exception as error:
         if not staging.holds_work:
             staging.discard()
+        if staging.resumed and not isinstance(error, ReattendError):
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise Failure(f"{staging.folder}: can't be gone on with ({what}); use --overwrite") from error
         raise
 
 

@@ -21,7 +21,7 @@ def stream(
     stage: Stage, checkpoint: Checkpoint, statistics: Statistics, staging: Staging, progress: Progress
 ) -> None:
     """Rewrite `checkpoint` group by group, skipping the groups that the staging folder holds already."""
-    staging.open_shards(stage.layout)
+    staging.open_shards(stage.layout, {number: _ends(stage, group) for number, group in enumerate(stage.groups)})
     reader = ShardReader(Path(checkpoint.files.name))
     sizes = [sum(stage.source.tensors[name].nbytes for name in group.reads) for group in stage.groups]
     done = sum(sizes[number] for number in staging.done)
@@ -41,6 +41,15 @@ def stream(
             progress("rewriting", done, checkpoint.nbytes)
     finally:
         reader.close()
+
+
+def _ends(stage: Stage, group: Group) -> dict[str, int]:
+    """How far a group's tensors reach into each shard."""
+    ends: dict[str, int] = {}
+    for spec in group.writes:
+        file, start = stage.layout.places[spec.name]
+        ends[file] = max(ends.get(file, 0), start + spec.nbytes)
+    return ends
 
 
 def _copy(stage: Stage, checkpoint: Checkpoint, group: Group, reader: ShardReader, staging: Staging) -> None:

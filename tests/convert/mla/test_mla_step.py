@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import reattend
 from reattend import demo
@@ -196,6 +197,18 @@ def test_auto_is_the_largest_multiple_of_16_within_the_budget(tmp_path):
 def test_auto_needs_one_budget(settings):
     with pytest.raises(ValueError, match="auto needs a cache_budget or a perplexity_budget"):
         Mla(**settings)
+
+
+@pytest.mark.parametrize("pruned", ["q_proj", "k_proj", "v_proj", "o_proj"])
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_layer_whose_attention_is_pruned_converts(tmp_path, pruned, refit):
+    """Block expansion and pruning leave projections of zeros."""
+    source = write_source("llama", tmp_path / "in")
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"model.layers.1.self_attn.{pruned}.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    reattend.apply(recipe(rope_dim=8, latent_rank=16, refit=refit, refit_steps=2), source, tmp_path / "out")
+    assert reattend.verify(tmp_path / "out", against=source)["problems"] == []
 
 
 class Stopped(Exception):
