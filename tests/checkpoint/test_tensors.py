@@ -1,5 +1,7 @@
 """Reading of tensors, against what the safetensors library wrote."""
 
+import os
+
 import torch
 from safetensors.torch import save_file
 
@@ -33,3 +35,22 @@ def test_a_group_is_read_whole_into_memory_that_is_used_again(tmp_path):
     assert again.untyped_storage().data_ptr() == whole[first].untyped_storage().data_ptr()
     assert torch.equal(again, written["matrix.2"])
     reader.close()
+
+
+def test_what_is_read_next_is_announced_to_the_last_byte_and_nothing_else(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    write_model("llama", folder)
+    save_file(
+        {"none": torch.empty(0, 3), "long": torch.zeros(3 << 18, 2), "odd": torch.zeros(5)},
+        folder / "model.safetensors",
+    )
+    stored = open_checkpoint(folder).tensors
+    announced = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, length, advice: announced.append((start, length)))
+    reader = ShardReader(folder)
+    reader.expect([stored[name] for name in ("none", "long", "odd")])
+    reader.close()
+    assert all(0 < length <= 1 << 20 for _, length in announced)  # Linux heeds no more of a call
+    bytes_ = {offset for start, length in announced for offset in range(start, start + length)}
+    wanted = {stored[n].start + i for n in ("long", "odd") for i in range(stored[n].spec.nbytes)}
+    assert bytes_ == wanted
