@@ -32,18 +32,26 @@ def smoothing_factors(absmax_I: Tensor, weight_absmax_I: Tensor, alpha: float) -
     return torch.exp2(torch.where(torch.isfinite(raw), exponent, torch.zeros_like(raw))).float()
 
 
-def w8a8_error(x_NI: Tensor, weights_OI: Sequence[Tensor], s_I: Tensor) -> float:
+def w8a8_error(x_NI: Tensor, weights_OI: Sequence[Tensor], s_I: Tensor, emphasis_N: Tensor | None = None) -> float:
     """Return the relative squared error that W8A8 with nearest rounding makes after smoothing by s, simulated.
 
-    The mean over tokens (see `token_weights`) and over the linears that take `x_NI`.
+    The mean over tokens (see `token_weights`), each as often as `emphasis_N` says (default: once), and over the
+    linears that take `x_NI`.
     """
+    often_N = _shares(emphasis_N, x_NI)
     x_NI = x_NI.float()  # squares of what fp16 holds overflow it
     smoothed, total = _simulate(x_NI / s_I), 0.0
     for w_OI in (weight.float() for weight in weights_OI):
         y_NO = x_NI @ w_OI.T
         error_N = (smoothed @ _simulate(w_OI * s_I).T - y_NO).square().sum(1)
-        total += float((error_N * token_weights(y_NO)).mean())
+        total += float((error_N * token_weights(y_NO) * often_N).sum())
     return total / len(weights_OI)
+
+
+def _shares(emphasis_N: Tensor | None, x_NI: Tensor) -> Tensor:
+    """Return what part of a mean over tokens each one is (N,)."""
+    often_N = torch.ones(len(x_NI), device=x_NI.device) if emphasis_N is None else emphasis_N
+    return often_N / often_N.sum()
 
 
 def _simulate(x: Tensor) -> Tensor:
@@ -70,11 +78,11 @@ class ExpectedError:
     through the columns of W, weight errors through the activations; sums over channels replace the simulation.
     """
 
-    def __init__(self, x_NI: Tensor, weights_OI: Sequence[Tensor]) -> None:
+    def __init__(self, x_NI: Tensor, weights_OI: Sequence[Tensor], emphasis_N: Tensor | None = None) -> None:
         x_NI = x_NI.float()
         quiet = _QUIET * x_NI.abs().amax(1, keepdim=True)
         self._log_x_NI = x_NI.abs().clamp_min(quiet).clamp_min(torch.finfo(torch.float32).tiny).log2()
-        self._linears = [weigh_linear(x_NI, weight.float()) for weight in weights_OI]
+        self._linears = [weigh_linear(x_NI, weight.float(), emphasis_N) for weight in weights_OI]
 
     def loudest(self, log_s_I: Tensor) -> Tensor:
         """Return the channels (N, 64 or I) that set each token's range near `log_s_I`: few, so quick to compare."""
@@ -98,9 +106,9 @@ class ExpectedError:
         return total / (12 * CODE_MAX**2 * len(self._linears))
 
 
-def weigh_linear(x_NI: Tensor, w_OI: Tensor) -> WeighedLinear:
+def weigh_linear(x_NI: Tensor, w_OI: Tensor, emphasis_N: Tensor | None = None) -> WeighedLinear:
     """Return a linear's part in the expected error, from its inputs and weight (fp32)."""
-    weight_N = token_weights(x_NI @ w_OI.T) / len(x_NI)
+    weight_N = token_weights(x_NI @ w_OI.T) * _shares(emphasis_N, x_NI)
     log_w_OI = w_OI.abs().clamp_min(torch.finfo(torch.float32).tiny).log2()
     return WeighedLinear(weight_N, log_w_OI, w_OI.square().sum(0), weight_N @ x_NI.square())
 
@@ -121,23 +129,24 @@ def descend(error: ExpectedError, start_R: Tensor, owner_I: Tensor) -> Tensor:
 
 
 def best_factors(
-    fit_NI: Tensor, choose_NI: Tensor, weights_OI: Sequence[Tensor], absmax_I: Tensor, owner_I: Tensor
-) -> tuple[Tensor, float, float]:
+    fit_NI: Tensor, choose_NI: Tensor, weights_OI: Sequence[Tensor], absmax_I: Tensor, owner_I: Tensor,
+    emphasis: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, float, float]:  # fmt: skip
     """Return s (R,) and the `w8a8_error` on `choose_NI` with s = 1 and with s.
 
-    `fit_NI` are the inputs that s is fitted to, `absmax_I` their channels' ranges over more tokens. The candidates
-    (none, SmoothQuant's best alpha, and downhill from it) are compared on `choose_NI`, so smoothing never makes
-    things worse there. All must be finite.
+    `fit_NI` are the inputs that s is fitted to, `absmax_I` their channels' ranges over more tokens; `emphasis` says
+    how often each token of both counts (default: once). The candidates (none, SmoothQuant's best alpha, and
+    downhill from it) are compared on `choose_NI`, so smoothing never makes things worse there. All must be finite.
     """
     rows = int(owner_I.max()) + 1
     weight_absmax_I = torch.stack([weight.abs().amax(0) for weight in weights_OI]).amax(0)
     absmax_R, weight_absmax_R = (_largest(value, owner_I, rows) for value in (absmax_I, weight_absmax_I))
-    error = ExpectedError(fit_NI, weights_OI)
+    error = ExpectedError(fit_NI, weights_OI, emphasis[0])
     published = [smoothing_factors(absmax_R, weight_absmax_R, alpha) for alpha in ALPHAS]
     start = min(published, key=lambda s_R: float(error(s_R[owner_I].log2())))
     ones = torch.ones_like(start)
     measured = [
-        (w8a8_error(choose_NI, weights_OI, s_R[owner_I]), s_R)
+        (w8a8_error(choose_NI, weights_OI, s_R[owner_I], emphasis[1]), s_R)
         for s_R in (ones, start, descend(error, start, owner_I))
     ]
     least, best = min(measured, key=lambda found: found[0])

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from reattend import demo
 from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Refusal
 from reattend.families.source import source_of
+from reattend.quantize.int8 import inputs
+from reattend.quantize.int8.inputs import SharedInput
 from reattend.quantize.int8.migration import layer_tensors, migrate, owners, producer_rows
 from reattend.quantize.int8.smoothing import ExpectedError, best_factors, descend, smoothing_factors, w8a8_error
 from reattend.quantize.int8.transform import Int8
@@ -51,6 +54,33 @@ def test_expected_error_is_the_simulated_one():
         log_s[5] += 2 * seed
         expected = float(ExpectedError(x, [w, 3 * w])(log_s))
         assert w8a8_error(x, [w, 3 * w], torch.exp2(log_s)) == pytest.approx(expected, rel=0.1)
+
+
+def test_a_token_that_counts_eight_times_is_eight_tokens():
+    """Tokens of one energy, so that repeating one does not move the median that the others are held against."""
+    x = torch.nn.functional.normalize(torch.randn(20, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    eye, emphasis = torch.eye(32), torch.ones(20)
+    emphasis[3] = 8
+    repeated = torch.cat([x, x[3:4].expand(7, -1)])
+    s = torch.rand(32, generator=torch.Generator().manual_seed(1)) + 0.5
+    assert w8a8_error(x, [eye], s, emphasis) == pytest.approx(w8a8_error(repeated, [eye], s), rel=1e-5)
+    assert w8a8_error(x, [eye], s, emphasis) != pytest.approx(w8a8_error(x, [eye], s), rel=1e-2)
+    expected = ExpectedError(x, [eye], emphasis)(s.log2())
+    assert float(expected) == pytest.approx(float(ExpectedError(repeated, [eye])(s.log2())), rel=1e-5)
+
+
+def test_the_first_token_of_every_window_counts_more():
+    layer = SimpleNamespace(
+        module=torch.nn.Linear(4, 3), hidden={"calibration": torch.zeros(5, 9, 4)}, text="calibration"
+    )
+    shared = SharedInput(layer, "linear", moment=False)
+    windows = torch.randn(5, 9, 4, generator=torch.Generator().manual_seed(0))
+    for window in windows:
+        shared.take(window)
+    rows, emphasis = shared.finite_rows("calibration"), shared.emphasis("calibration")
+    assert len(rows) == len(emphasis) == 45
+    assert torch.equal(rows[emphasis > 1], windows[:, 0])
+    assert set(emphasis.tolist()) == {1.0, inputs._FIRST_TOKEN}
 
 
 def test_descent_beats_the_published_factors_and_respects_shared_channels():
