@@ -37,8 +37,6 @@ static void place_halves(const float *row, int64_t inputs, int32_t *to) {
     for (int64_t i = 0; i < inputs; i += 2, to += VM) *to = (int32_t)(bits[i] >> 16 | (bits[i + 1] & 0xffff0000));
 }
 
-#define EACH_ROW(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11)
-
 BF16_TARGET static void tile_halves(const int32_t *a, const uint8_t *b, int64_t pairs, float *out) {
 #define START(r) __m512 left##r = _mm512_setzero_ps(), right##r = left##r;
 #define STEP(r)                                                    \
@@ -60,7 +58,6 @@ BF16_TARGET static void tile_halves(const int32_t *a, const uint8_t *b, int64_t 
 #undef STEP
 #undef SAVE
 }
-#undef EACH_ROW
 
 #else
 #define HAS_BF16 0

@@ -61,6 +61,7 @@ static int32_t place_bytes(const int16_t *codes, int64_t inputs, int32_t *to) {
     return sum;
 }
 
+/* For every row of a panel of x, as in avx2.h; `bf16.h` uses it too. */
 #define EACH_ROW(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11)
 
 VNNI static void tile_bytes(const int32_t *a, const uint8_t *b, int64_t fours, const int32_t sums[VM], float *out) {
@@ -84,4 +85,3 @@ VNNI static void tile_bytes(const int32_t *a, const uint8_t *b, int64_t fours, c
 #undef STEP
 #undef SAVE
 }
-#undef EACH_ROW
