@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.calibration.layerwise import LayerPass
-from reattend.calibration.search import fewest, rise, stored_loss
+from reattend.calibration.search import fewest, rise, stored_loss, stored_perplexities
 from reattend.convert.mla.attention import LatentAttention
 from reattend.convert.mla.geometry import Geometry
 from reattend.errors import DeadEndError
@@ -86,12 +86,8 @@ def _run_converted(layer: LayerPass, attention: LatentAttention, states: Tensor)
 
 def rank_findings(statistics: Statistics) -> dict[str, Any]:
     """Return the rank that was decided, and the perplexities of the selection text by rank that it was decided on."""
-    ranks = sorted(int(name.removeprefix("rank-")) for name in statistics if name.startswith("rank-"))
-    losses = {rank: statistics[f"rank-{rank}"]["losses"].mean() for rank in ranks}
+    measured = stored_perplexities(statistics, "rank-")
     return {
         "latent_rank": int(statistics["rank"]["latent_rank"]),
-        "selection_perplexity": {
-            f"closed form, {rank}" if rank else "source": float(f"{float(loss.exp()):.6g}")
-            for rank, loss in losses.items()
-        },
+        "selection_perplexity": {f"closed form, {rank}" if rank else "source": p for rank, p in measured.items()},
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from reattend.calibration.search import stored_perplexities
 from reattend.quantize.int8.keeping import ranked
 from reattend.transform import Statistics
 
@@ -36,12 +37,11 @@ def _errors(learned: Mapping[str, Tensor]) -> dict[str, list[float]]:
 def _measured(statistics: Statistics) -> dict[str, Any]:
     """Return what is kept, if that is decided, each linear's error, and perplexities by the number kept."""
     errors = statistics["sensitivity"]
-    losses = {name: statistics[name]["losses"].mean() for name in statistics if name.startswith("kept-")}
-    by_count = sorted((int(name.removeprefix("kept-")), float(loss.exp())) for name, loss in losses.items())
+    measured = stored_perplexities(statistics, "kept-")
     kept = {"kept": sorted(statistics["kept"])} if "kept" in statistics else {}
     return kept | {
         "sensitivity": {name: float(f"{float(errors[name][0]):.3g}") for name in ranked(errors)},
         "selection_perplexity": {
-            "source" if count == len(errors) else f"{count} kept": float(f"{value:.6g}") for count, value in by_count
+            "source" if count == len(errors) else f"{count} kept": value for count, value in measured.items()
         },
     }

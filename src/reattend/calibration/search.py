@@ -1,7 +1,7 @@
 """Searches on measured losses."""
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 from torch import Tensor
 
@@ -22,6 +22,13 @@ def stored_loss(
         where = "its last norm or its head holds NaN or inf, or logits overflow"
         raise BadNumbersError(f"the model's loss on the selection text is {loss}: {where}")
     return loss
+
+
+def stored_perplexities(statistics: Mapping[str, dict[str, Tensor]], prefix: str) -> dict[int, float]:
+    """Return the perplexities whose losses `stored_loss` put under `prefix` and a number, by number, ascending."""
+    numbers = sorted(int(name.removeprefix(prefix)) for name in statistics if name.startswith(prefix))
+    losses = {number: float(statistics[f"{prefix}{number}"]["losses"].mean().exp()) for number in numbers}
+    return {number: float(f"{value:.6g}") for number, value in losses.items()}
 
 
 def rise(loss: float, base: float) -> float:
