@@ -6,13 +6,13 @@ Measured is the closed form, all layers converted, on the selection text: the re
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reattend.calibration.layerwise import LayerPass
 from reattend.calibration.search import fewest, rise, stored_loss, stored_perplexities
 from reattend.convert.mla.attention import LatentAttention
 from reattend.convert.mla.geometry import Geometry
+from reattend.convert.mla.prefix import run_converted
 from reattend.errors import DeadEndError
 from reattend.transform import Passes, Statistics
 
@@ -61,27 +61,9 @@ def _losses(passes: Passes, convert: Convert, rank: int) -> Tensor:
         if converted is None:
             converted = layer.hidden[_TEXT].clone()
         if rank:
-            _run_converted(layer, convert(layer, rank), converted)
+            run_converted(layer, convert(layer, rank), converted)
     assert converted is not None
     return passes.losses(_TEXT, converted if rank else layer.hidden[_TEXT])
-
-
-def _run_converted(layer: LayerPass, attention: LatentAttention, states: Tensor) -> None:
-    """Replace `states` (windows, tokens, hidden) by the layer's outputs with this attention instead of its own."""
-    single = attention.to(torch.float32)
-
-    def attend(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        x = args[0] if args else kwargs["hidden_states"]
-        mixed = single.attend(x.cpu().float()).to(x.device, x.dtype)
-        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
-
-    handle = layer.module.get_submodule("self_attn").register_forward_hook(attend, with_kwargs=True)
-    try:
-        with torch.inference_mode():
-            for i in range(len(states)):
-                states[i : i + 1].copy_(layer.call(states[i : i + 1]))
-    finally:
-        handle.remove()
 
 
 def rank_findings(statistics: Statistics) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from reattend.calibration.layerwise import Hook, LayerPass
 from reattend.convert.mla.attention import LatentAttention, compose, output_error, read_source
 from reattend.convert.mla.closed_form import Choice, best_choice, convert_layer
 from reattend.convert.mla.geometry import Geometry
+from reattend.convert.mla.prefix import Prefix
 from reattend.convert.mla.queries import truncate_queries
 from reattend.convert.mla.refit import Schedule, fit_output, refit
 from reattend.convert.mla.rotation import Components, rotate_heads
@@ -23,10 +24,12 @@ from reattend.convert.mla.statistics import LayerMoments, MomentAccumulator, Tok
 from reattend.errors import Failure
 
 _PARTS = ("plain", "attended")
+# Enough for second moments: with 192 windows a third of the time went into them.
+MOMENT_WINDOWS = 24
 
 
 def gather_moments(layer: LayerPass, geometry: Geometry, tokens: int) -> dict[str, Tensor]:
-    """Run a layer and return its moments over the calibration text, as tensors to be stored."""
+    """Run a layer on the calibration text alone and return its moments over it, as tensors to be stored."""
     accumulator = MomentAccumulator(geometry.heads, geometry.kv_heads, geometry.rotary, tokens, geometry.scale)
     seen: dict[str, Tensor] = {}
 
@@ -34,9 +37,8 @@ def gather_moments(layer: LayerPass, geometry: Geometry, tokens: int) -> dict[st
         return lambda module, args, kwargs, output: seen.__setitem__(name, output[0].cpu().float())
 
     def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if layer.text == "calibration":
-            q, k, v = (seen[n].view(len(seen[n]), -1, geometry.head_dim) for n in "qkv")
-            accumulator.add(q, k, v)
+        q, k, v = (seen[n].view(len(seen[n]), -1, geometry.head_dim) for n in "qkv")
+        accumulator.add(q, k, v)
 
     layer.run([*((f"self_attn.{name}_proj", keep(name)) for name in "qkv"), ("self_attn", add)])
     return store_moments(accumulator.result())
@@ -93,23 +95,36 @@ class Conversion:
 
 
 def convert(
-    layer: LayerPass, moments: LayerMoments, pair_S: Tensor, kept_S: Tensor, how: Conversion
+    layer: LayerPass,
+    moments: LayerMoments,
+    rope: tuple[Tensor, Tensor],
+    how: Conversion,
+    prefix: Prefix | None = None,
 ) -> tuple[LatentAttention, dict[str, float]]:
-    """Run a layer and return its conversion, and the relative errors of its output on the selection text."""
+    """Run a layer and return its conversion, and the relative errors of its output on the selection text.
+
+    `rope` are `slots_of_all`'s list and this layer's components. With `prefix` the refit, and the errors then, are on
+    what the converted layers before put out; what they miss of the source's states is then the layer's to add.
+    """
+    before = {} if prefix is None else {text: states.clone() for text, states in layer.hidden.items()}
     seen = _watch_attention(layer)
     module: Any = layer.module.get_submodule("self_attn")
     tensors = {name: value.detach().cpu() for name, value in module.state_dict().items()}
     geometry = how.geometry
     source = read_source(tensors, geometry.head_dim, geometry.rotary, geometry.scale)
     phase_F = mean_phase(geometry.rotary.frequency_F, moments.distance_T)
-    rope = RopePart(components_of(moments), kept_S, pair_S, phase_F)
+    part = RopePart(components_of(moments), rope[1], rope[0], phase_F)
 
     def converted(choice: Choice) -> LatentAttention:
         output_EHD = source.o_EHD.double()
-        return compose(source, convert_layer(moments, output_EHD, rope, how.latent_rank, choice, centred=how.centred))
+        return compose(source, convert_layer(moments, output_EHD, part, how.latent_rank, choice, centred=how.centred))
 
     choice, closed = best_choice(lambda tried: _error(converted(tried), *seen["selection"]))
     best = converted(choice)
+    if prefix is not None:
+        missing = prefix.missing(before)
+        seen = {text: (x, seen[text][1] + missing[text]) for text, x in prefix.inputs(layer).items()}
+        closed = _error(best, *seen["selection"])
     errors = {"closed_form": closed}
     if how.schedule is not None:
         try:
@@ -137,6 +152,17 @@ def _fitted(
     fitted, _ = refit(closed, *seen["calibration"], how.schedule)
     after = _error(fitted, *seen["selection"])
     return (fitted, after) if after < error else (closed, error)
+
+
+def errors_per_layer(statistics: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[float]]:
+    """Return the errors that `convert` measured, by kind, for the layers in order."""
+    layers = sorted((name for name in statistics if name.isdigit()), key=int)
+    errors: dict[str, list[float]] = {}
+    for name in layers:
+        for key, value in statistics[name].items():
+            if key.startswith("error."):
+                errors.setdefault(key.removeprefix("error."), []).append(float(f"{float(value):.4g}"))
+    return errors
 
 
 def _error(layer: LatentAttention, x_BTE: Tensor, y_BTE: Tensor) -> float:

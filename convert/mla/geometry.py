@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from reattend.checkpoint.header import TensorSpec
+from reattend.convert.mla.attention import LatentAttention
 from reattend.convert.mla.queries import QueryLatent
 from reattend.convert.mla.rope import Rotary, read_rotary
 from reattend.errors import Refusal
@@ -102,3 +105,14 @@ def native_tensor_specs(
 ) -> tuple[TensorSpec, ...]:
     """Return the same as specs with full names."""
     return tuple(TensorSpec(attention_name(source, layer, name), dtype, shape) for name, shape in shapes.items())
+
+
+def empty_layer(geometry: Geometry, rope_dim: int, latent_rank: int) -> LatentAttention:
+    """Return a converted layer without numbers or biases, for its sizes."""
+    heads, head_dim, hidden = geometry.heads, geometry.head_dim, geometry.hidden
+    sizes = (
+        (heads, head_dim + rope_dim, hidden), (latent_rank + rope_dim, hidden),
+        (heads, head_dim, latent_rank), (heads, head_dim, latent_rank), (hidden, heads, head_dim),
+    )  # fmt: skip
+    query, down, key, value, output = (torch.empty(size, device="meta") for size in sizes)
+    return LatentAttention(query, down, key, value, output, geometry.rotary, geometry.scale)

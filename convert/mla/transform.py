@@ -14,11 +14,20 @@ from reattend.checkpoint.header import TensorSpec
 from reattend.checkpoint.tensors import TORCH_DTYPES
 from reattend.convert.mla.attention import LatentAttention
 from reattend.convert.mla.budget import RANK_STEP, decide_rank, largest_rank, rank_findings, rank_within
-from reattend.convert.mla.calibration import Conversion, convert, gather_moments, read_moments, slots_of_all
+from reattend.convert.mla.calibration import (
+    MOMENT_WINDOWS,
+    Conversion,
+    convert,
+    errors_per_layer,
+    gather_moments,
+    read_moments,
+    slots_of_all,
+)
 from reattend.convert.mla.checks import BIASES, READ, check_source, check_vllm
 from reattend.convert.mla.geometry import (
     Geometry,
     attention_name,
+    empty_layer,
     native_specs,
     native_tensor_specs,
     query_latent,
@@ -32,6 +41,7 @@ from reattend.convert.mla.native import (
     native_layer,
     native_rope,
 )
+from reattend.convert.mla.prefix import Prefix, read_attention, stored_attention
 from reattend.convert.mla.refit import Schedule
 from reattend.errors import Refusal
 from reattend.families.source import Source
@@ -142,7 +152,7 @@ class Mla(BaseModel):
         geometry = read_geometry(source)
         layers = range(source.num_layers)
         if any(f"moments-{i}" not in statistics for i in layers):
-            for layer in passes():
+            for layer in passes("calibration", windows=MOMENT_WINDOWS):
                 tokens = layer.hidden["calibration"].shape[1]
                 statistics[f"moments-{layer.index}"] = gather_moments(layer, geometry, tokens)
         every = (read_moments(statistics[f"moments-{i}"]) for i in layers)
@@ -153,13 +163,28 @@ class Mla(BaseModel):
         if self.perplexity_budget is not None:
             how = replace(how, latent_rank=self._decided(passes, statistics, (pair_S, kept_YS), how))
             statistics["rank"] = {"latent_rank": torch.tensor(how.latent_rank)}
+        self._convert_all(source, passes, statistics, (pair_S, kept_YS), how)
+
+    def _convert_all(
+        self, source: Source, passes: Passes, statistics: Statistics, slots: tuple[Tensor, Tensor], how: Conversion
+    ) -> None:
+        """Convert every layer; fitted layers in order, each behind those that were converted before."""
+        pair_S, kept_YS = slots
+        prefix: Prefix | None = None
         for layer in passes():
             i = layer.index
+            if how.schedule is not None and prefix is None:
+                prefix = Prefix(layer.hidden)
             if str(i) not in statistics:
-                attention, errors = convert(layer, read_moments(statistics[f"moments-{i}"]), pair_S, kept_YS[i], how)
-                statistics[str(i)] = self._native(source, layer, attention, geometry) | {
+                moments = read_moments(statistics[f"moments-{i}"])
+                attention, errors = convert(layer, moments, (pair_S, kept_YS[i]), how, prefix)
+                if prefix is not None:
+                    statistics[f"attention-{i}"] = stored_attention(attention)
+                statistics[str(i)] = self._native(source, layer, attention, how.geometry) | {
                     f"error.{name}": torch.tensor(value) for name, value in errors.items()
                 }
+            if prefix is not None:
+                prefix.advance(layer, read_attention(statistics[f"attention-{i}"], how.geometry, pair_S))
 
     def _decided(self, passes: Passes, statistics: Statistics, slots: tuple[Tensor, Tensor], how: Conversion) -> int:
         """The rank that perplexity_budget allows."""
@@ -169,7 +194,7 @@ class Mla(BaseModel):
         def closed_form(layer: LayerPass, rank: int) -> LatentAttention:
             moments = read_moments(statistics[f"moments-{layer.index}"])
             closed = replace(how, latent_rank=rank, schedule=None, query_rank=None)
-            return convert(layer, moments, pair_S, kept_YS[layer.index], closed)[0]
+            return convert(layer, moments, (pair_S, kept_YS[layer.index]), closed)[0]
 
         return decide_rank(passes, statistics, closed_form, how.latent_rank, self.perplexity_budget)
 
@@ -196,7 +221,10 @@ class Mla(BaseModel):
         width = 2 * geometry.kv_heads * geometry.head_dim
         moments = 2 * (width + 1) * width + geometry.heads * geometry.head_dim**2 + geometry.max_positions
         native = self._specs(geometry).values()
-        return 8 * source.num_layers * (moments + sum(math.prod(shape) for shape in native))
+        layer = empty_layer(geometry, self.rope_dim, self._rank(geometry))
+        attention = sum(tensor.numel() for tensor in layer.tensors().values()) + geometry.hidden  # and a bias
+        fitted = attention // 2 if self.refit else 0  # in 32 bit
+        return 8 * source.num_layers * (moments + fitted + sum(math.prod(shape) for shape in native))
 
     @property
     def undecided(self) -> bool:
@@ -248,20 +276,10 @@ class Mla(BaseModel):
             chosen = geometry.rotary.pick(statistics["model"]["pairs"])
             rope = native_rope(chosen, geometry.theta, geometry.max_positions)
         return native_config(
-            source.config, self._shape(geometry), rope, biased=self._biased,
+            source.config, empty_layer(geometry, self.rope_dim, self._rank(geometry)), rope, biased=self._biased,
             queries=query_latent(geometry, self.query_rank),
             tied=source.tied and TARGETS[self.target].tied_head,
         )  # fmt: skip
-
-    def _shape(self, geometry: Geometry) -> LatentAttention:
-        """A layer without numbers, for its sizes."""
-        heads, head_dim, hidden, rank = geometry.heads, geometry.head_dim, geometry.hidden, self._rank(geometry)
-        sizes = (
-            (heads, head_dim + self.rope_dim, hidden), (rank + self.rope_dim, hidden),
-            (heads, head_dim, rank), (heads, head_dim, rank), (hidden, heads, head_dim),
-        )  # fmt: skip
-        query, down, key, value, output = (torch.empty(size, device="meta") for size in sizes)
-        return LatentAttention(query, down, key, value, output, geometry.rotary, geometry.scale)
 
     def side_files(self, source: Source, statistics: Statistics) -> Iterator[tuple[str, bytes]]:
         """Yield nothing: all is in the weights."""
@@ -269,12 +287,7 @@ class Mla(BaseModel):
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
         """Return each layer's relative error on the selection text, before and after the refit; the pairs kept."""
-        layers = sorted((name for name in statistics if name.isdigit()), key=int)
-        errors: dict[str, list[float]] = {}
-        for name in layers:
-            for key, value in statistics[name].items():
-                if key.startswith("error."):
-                    errors.setdefault(key.removeprefix("error."), []).append(float(f"{float(value):.4g}"))
+        errors = errors_per_layer(statistics)
         found = {"relative_error_per_layer": errors, "rope_pairs": statistics["model"]["pairs"].tolist()}
         return found | (rank_findings(statistics) if "rank" in statistics else {})
 

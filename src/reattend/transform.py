@@ -19,8 +19,11 @@ Statistics = MutableMapping[str, "dict[str, Tensor]"]
 class Passes(Protocol):
     """A model and the tokens of the step's texts."""
 
-    def __call__(self, *texts: str) -> "Iterator[LayerPass]":
-        """Start a pass over the layers with `texts` (default: all): it reads the model's weights once more."""
+    def __call__(self, *texts: str, windows: int | None = None) -> "Iterator[LayerPass]":
+        """Start a pass over the layers: it reads the model's weights once more.
+
+        It runs on `texts` (default: all), and of each on the first `windows` (default: all).
+        """
 
     def losses(self, text: str, hidden_WTE: "Tensor") -> "Tensor":
         """Return each window's mean loss (W,), nats per token, given what the last layer put out for a text."""

@@ -29,7 +29,7 @@ def test_statistics_take_what_plan_counts(tmp_path, step):
     ids = torch.randint(10, 2000, (2, 48), generator=torch.Generator().manual_seed(0))
     tokens = {"calibration": ids, "selection": ids.flip(0)}
     statistics = StoredStatistics(tmp_path)
-    step.calibrate(source, lambda *texts: layer_passes(model, source.family, tokens), statistics)
+    step.calibrate(source, lambda *texts, **few: layer_passes(model, source.family, tokens), statistics)
     taken = sum(file.stat().st_size for file in tmp_path.iterdir())
     headers = 8192 * len(statistics)
     counted = step.statistics_bytes(source)

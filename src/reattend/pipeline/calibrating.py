@@ -115,9 +115,9 @@ class _Passes:
     device: str
     progress: Progress
 
-    def __call__(self, *texts: str) -> Iterator[LayerPass]:
+    def __call__(self, *texts: str, windows: int | None = None) -> Iterator[LayerPass]:
         """See `Passes`."""
-        tokens = {text: self.tokens[text] for text in texts or self.tokens}
+        tokens = {text: self.tokens[text][:windows] for text in texts or self.tokens}
         for current in layer_passes(self.model, self.source.family, tokens, self.device):
             yield current
             self.progress("calibrating", current.index + 1, self.source.num_layers)

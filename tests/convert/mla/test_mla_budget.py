@@ -56,7 +56,7 @@ def test_the_rank_is_the_least_within_the_budget(rises, limit, rank):
     class Table:
         """Losses by rank, in place of a model: its layers pass the rank on as what they put out."""
 
-        def __call__(self, *texts):
+        def __call__(self, *texts, windows=None):
             assert texts == ("selection",)
             yield SimpleNamespace(hidden={"selection": torch.zeros(1, 1, 1)})
 
@@ -67,7 +67,7 @@ def test_the_rank_is_the_least_within_the_budget(rises, limit, rank):
 
     asked = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(budget, "_run_converted", lambda layer, attention, states: states.fill_(attention))
+        patched.setattr(budget, "run_converted", lambda layer, attention, states: states.fill_(attention))
         statistics = {}
         found = budget.decide_rank(Table(), statistics, lambda layer, rank: rank, max(rises) + 5, limit)
         assert found == rank

@@ -171,7 +171,7 @@ def test_a_model_that_runs_in_16_bit_is_calibrated_in_32(tmp_path):
     pair_S, kept_YS = slots_of_all(moments, geometry, 4, None)
     how = Conversion(geometry, 16, True, Schedule(steps=2))
     for layer in layer_passes(model, source.family, texts):
-        _, errors = convert(layer, moments[layer.index], pair_S, kept_YS[layer.index], how)
+        _, errors = convert(layer, moments[layer.index], (pair_S, kept_YS[layer.index]), how)
         assert 0 < errors["refit"] <= errors["closed_form"] < 0.5
 
 
