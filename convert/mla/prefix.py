@@ -5,7 +5,8 @@ Fitted to the source's inputs instead, layers don't know of each other's errors,
 Legend: W windows, T tokens, E hidden.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,18 +46,25 @@ def run_converted(layer: LayerPass, attention: LatentAttention, states: Tensor) 
     """Replace `states` (W, T, E) by the layer's outputs with this attention instead of its own."""
     single = attention.to(torch.float32)
 
-    def attend(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        x = args[0] if args else kwargs["hidden_states"]
-        mixed = single.attend(x.cpu().float()).to(x.device, x.dtype)
-        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+    def attend(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return single.attend(hidden_states.cpu().float()).to(hidden_states.device, hidden_states.dtype), None
 
-    handle = layer.module.get_submodule("self_attn").register_forward_hook(attend, with_kwargs=True)
+    with replaced_forward(layer.module.get_submodule("self_attn"), attend), torch.inference_mode():
+        for i in range(len(states)):
+            states[i : i + 1].copy_(layer.call(states[i : i + 1]))
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else; a forward of its own, as accelerate's hooks set it, comes back."""
+    own = vars(module).get("forward")
+    module.forward = forward
     try:
-        with torch.inference_mode():
-            for i in range(len(states)):
-                states[i : i + 1].copy_(layer.call(states[i : i + 1]))
+        yield
     finally:
-        handle.remove()
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def stored_attention(attention: LatentAttention) -> dict[str, Tensor]:
