@@ -3,5 +3,6 @@
 TRANSFORMS = {
     "int8": "reattend.quantize.int8.transform:Int8",
     "int8_layout": "reattend.quantize.int8.layout:Int8Layout",
+    "int8_attention": "reattend.quantize.attention.transform:Int8Attention",
     "mla": "reattend.convert.mla.transform:Mla",
 }

@@ -30,7 +30,7 @@ ALLOWED = {
     "transform": {"calibration", "checkpoint", "families"},
     "texts": {"errors"},
     "modeling": {"checkpoint", "errors", "families", "kernels", "quantize"},
-    "calibration": {"errors", "families", "texts"},
+    "calibration": {"errors", "families", "kernels", "texts"},
     "evaluation": {"checkpoint", "errors", "families", "modeling", "progress", "texts"},
     "kernels": set(),
     "convert": {"calibration", "checkpoint", "convert", "errors", "families", "transform"},

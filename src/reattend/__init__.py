@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reattend.errors import Failure, Refusal
     from reattend.evaluation.perplexity import evaluate
+    from reattend.modeling.attention_backend import register_attention
     from reattend.modeling.loading import load
     from reattend.pipeline.execution import apply
     from reattend.pipeline.planning import plan
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from reattend.pipeline.verification import verify
 
 __version__ = "0.1.0"
-__all__ = ["Failure", "Refusal", "apply", "evaluate", "load", "plan", "sensitivity", "verify"]
+__all__ = ["Failure", "Refusal", "apply", "evaluate", "load", "plan", "register_attention", "sensitivity", "verify"]
 
 # Importing torch takes seconds, and `reattend --help` must not: so a name is bound when it is asked for.
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "apply": "reattend.pipeline.execution",
     "evaluate": "reattend.evaluation.perplexity",
     "load": "reattend.modeling.loading",
+    "register_attention": "reattend.modeling.attention_backend",
     "plan": "reattend.pipeline.planning",
     "sensitivity": "reattend.pipeline.sensitivity",
     "verify": "reattend.pipeline.verification",

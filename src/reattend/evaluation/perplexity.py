@@ -60,10 +60,12 @@ def evaluate(
     base_folder = None if against is None else open_files(against).download()
     if base_folder is not None:
         _check_tokenizers(tokenizer, load_tokenizer(base_folder), cut)
-    subject = _Subject(str(model), load(folder, dtype=dtype, device=device).model)
-    base = (
-        None if base_folder is None else _Subject(str(against), load(base_folder, dtype=dtype, device=device).model)
+    # What an output does on its own hardware is to be measured, also here: so int8 attention is simulated.
+    subject, base = (
+        None if path is None else _Subject(str(name), load(path, dtype=dtype, device=device, simulate=True).model)
+        for name, path in ((model, folder), (against, base_folder))
     )
+    assert subject is not None
     rows = []
     for number, ids in enumerate(cut.ids, 1):
         rows.append(_measure(subject, base, ids))
@@ -71,6 +73,7 @@ def evaluate(
     _check_exponential([row[:2] for row in rows], subject, base)
     report = {"model": str(model), "text": str(text), **_summary([r[0] for r in rows], cut, window)}
     report["dtype"] = str(subject.model.dtype).removeprefix("torch.")
+    report["attention"] = subject.model.config._attn_implementation
     report["runtime"] = "reattend kernels" if on_kernels(subject.model) else "transformers"
     return report | (_comparison(rows) if base is not None else {})
 

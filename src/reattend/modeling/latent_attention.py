@@ -21,17 +21,20 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from reattend.kernels.mla_decode import mla_decode
+from reattend.modeling.attention_backend import EXACT, INT8, SIMULATED, seen_by
 from reattend.modeling.int8 import Int8Linear
 from reattend.modeling.latent_cache import latent_layer
 
 _LOG = logging.getLogger(__name__)
+_IMPLEMENTATIONS = ("sdpa", EXACT, INT8, SIMULATED)
 
 
 class LatentAttention(DeepseekV3Attention):  # type: ignore[misc]
     """Stock attention with the same parameters, absorbed where that is cheaper.
 
     It runs as stock does while training, under autocast, without a cache, with a cache that is no plain growing
-    one, with an attention implementation other than sdpa, and where an adapter or a hook sits on `kv_b_proj`.
+    one, with an attention implementation that is neither sdpa nor ours, and where an adapter or a hook sits on
+    `kv_b_proj`.
     """
 
     def forward(
@@ -52,7 +55,7 @@ class LatentAttention(DeepseekV3Attention):  # type: ignore[misc]
 
     def _absorbs(self, x: Tensor, held: int, mask: Tensor | None) -> bool:
         """Whether tokens `x` (B, S, E) after `held` others can run absorbed, and are cheaper so."""
-        if self.training or self.config._attn_implementation != "sdpa" or not _is_plain(self.kv_b_proj):
+        if self.training or self.config._attn_implementation not in _IMPLEMENTATIONS or not _is_plain(self.kv_b_proj):
             return False
         if torch.is_autocast_enabled(x.device.type):  # queries and rows may differ in dtype
             return False
@@ -93,7 +96,8 @@ class LatentAttention(DeepseekV3Attention):  # type: ignore[misc]
         # One product per head for the whole batch, so that the weight is not repeated along it.
         query_latent = torch.bmm(free.transpose(0, 1).reshape(heads, -1, nope), key_HNL)
         query_latent = query_latent.view(heads, batch, new, -1).transpose(0, 1)
-        mixed = mla_decode(query_latent, query_rope, latent[:, 0], rope[:, 0], scale=self.scaling, mask=mask)
+        seen = seen_by(mask, latent, new)
+        mixed = mla_decode(query_latent, query_rope, latent[:, 0], rope[:, 0], scale=self.scaling, mask=seen)
         out = torch.bmm(mixed.transpose(0, 1).reshape(heads, batch * new, -1), value_HVL.transpose(1, 2))
         out = out.view(heads, batch, new, -1).permute(1, 2, 0, 3).reshape(batch, new, -1)
         return self.o_proj(out)  # type: ignore[no-any-return]

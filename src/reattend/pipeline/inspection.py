@@ -6,6 +6,7 @@ from typing import Any
 
 from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Refusal
+from reattend.families.attention_kinds import declared_kinds
 from reattend.families.source import source_of
 from reattend.pipeline.planning import cache_bytes
 from reattend.recipes.schema import step_class
@@ -29,10 +30,17 @@ def inspect(model: str | os.PathLike[str]) -> dict[str, Any]:
         "parameters": source.parameters,
         "bytes": checkpoint.nbytes,
         "cache_bytes_per_token": cache_bytes(source),
+        "attention": _attention(source),
         "dtypes": dict(Counter(spec.dtype for spec in specs.values())),
         "shards": {file: checkpoint.sizes[file] for file in checkpoint.digests},
         "steps": {name: _applies(name, source) for name in TRANSFORMS},
     }
+
+
+def _attention(source: Any) -> dict[str, int] | str:
+    """Return how many layers run which attention, where the config says it."""
+    kinds = declared_kinds({**source.config, "num_hidden_layers": source.num_layers})
+    return "exact" if kinds is None else dict(Counter(kinds))
 
 
 def _applies(name: str, source: Any) -> str:

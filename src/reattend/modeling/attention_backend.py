@@ -1,0 +1,178 @@
+"""Our attention under the names "reattend" and "reattend_int8" in transformers.
+
+A name needs two functions: one for attention and one for masks. With the first alone transformers makes no mask, and
+padded batches come out wrong without a word. Masks are ranges of keys where they can be, else sdpa's.
+"""
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from reattend.families.attention_kinds import INT8_FP8, INT8_FP16, declared_kinds
+from reattend.kernels.attention import Options, attention
+from reattend.kernels.attention.call import is_causal_call, read_call
+from reattend.kernels.attention.reference import visible
+from reattend.kernels.attention_int8 import Backend, Quantization, attention_int8
+
+_LOG = logging.getLogger(__name__)
+EXACT, INT8, SIMULATED = "reattend", "reattend_int8", "reattend_int8_simulated"
+_HOW = {INT8_FP16: Quantization(values="fp16"), INT8_FP8: Quantization(values="fp8")}
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="reattend"`, `"reattend_int8"` and `"reattend_int8_simulated"` known to transformers.
+
+    `load()` calls it; call it before `from_pretrained(..., attn_implementation="reattend")`. Calling twice is fine.
+    """
+    for name, function in ((EXACT, attend), (INT8, attend_int8), (SIMULATED, attend_as_int8)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, attention_ranges)
+
+
+def attention_ranges(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0, **rest: Any
+) -> Tensor | None:
+    """Return the mask of a forward pass in the form that `attend` reads.
+
+    None means causal from the bottom right, as sdpa means it where queries and keys are as many; int32 (B, 1, 1, 3)
+    are `Options.ranges`, with four dimensions because transformers takes two for a padding mask; anything else is
+    what `sdpa_mask` returns: bool (B, 1, S, T).
+    """
+    sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
+    if not _has_ranges(q_length, rest):
+        return sdpa_mask(**sizes, **offsets, **rest)
+    device = torch.device(rest.get("device") or "cpu")
+    padding = rest.get("attention_mask")
+    if padding is None:
+        if isinstance(q_offset, int) and q_offset == kv_offset and q_length == kv_length:
+            return None
+        edges = torch.tensor([0, kv_length], dtype=torch.int32, device=device).expand(batch_size, 2)
+    else:
+        found = _edges(padding[:, kv_offset : kv_offset + kv_length], kv_length)
+        if found is None:
+            return sdpa_mask(**sizes, **offsets, **rest)
+        edges = found
+    position = torch.as_tensor(q_offset - kv_offset, dtype=torch.int32, device=device).reshape(1, 1)
+    return torch.cat([edges, position.expand(batch_size, 1)], 1)[:, None, None]
+
+
+def _has_ranges(q_length: int, rest: dict[str, Any]) -> bool:
+    """Whether a mask is causal over a range of keys, and a kernel that reads ranges may run."""
+    window, config = rest.get("local_size"), rest.get("config")
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    # With a window the mask function is a closure that can't be told from others: this flag says that it is alone.
+    alone = window is not None and not chunked and rest.get("allow_is_causal_skip", True)
+    if not (rest.get("mask_function", causal_mask_function) is causal_mask_function or alone):
+        return False
+    return not _is_traced() and not _takes_sdpa_masks(q_length, rest)
+
+
+def _takes_sdpa_masks(q_length: int, rest: dict[str, Any]) -> bool:
+    """Whether what will run is torch's sdpa, for which a mask that is made once serves all layers."""
+    simulated = getattr(rest.get("config"), "_attn_implementation", None) == SIMULATED
+    if simulated or torch.device(rest.get("device") or "cpu").type != "cpu":
+        return False
+    return q_length == 1 or rest.get("dtype") != torch.bfloat16
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+
+
+def _edges(seen_BT: Tensor, tokens: int) -> Tensor | None:
+    """Return the first key and the end of keys (B, 2) of a padding mask; None where a row has holes."""
+    seen_BT = nn.functional.pad(seen_BT.bool(), (0, tokens - seen_BT.shape[1]))
+    count_B = seen_BT.sum(1)
+    first_B = seen_BT.int().argmax(1)
+    starts_B = (seen_BT[:, 1:] & ~seen_BT[:, :-1]).sum(1) + seen_BT[:, 0]
+    if bool((starts_B > 1).any()):
+        return None
+    return torch.stack([first_B, first_B + count_B], 1).to(torch.int32)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **more: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention as transformers calls it: query (B, H, S, D), key (B, G, T, D), value (B, G, T, V).
+
+    Returns the output (B, S, H, V) and no weights. `softcap`, `sliding_window` and `s_aux` (sinks) are computed;
+    dropout and additive masks run through sdpa, said once in the log. A keyword that would change the result and is
+    not known raises `ValueError`; one that is merely unknown is named once in the log.
+    """
+    options = read_call(attention_mask, scaling, is_causal_call(module, is_causal), more)
+    stock = _stock_reason(attention_mask, dropout)
+    if stock is not None:
+        _log_once(stock)
+        seen = attention_mask if options.ranges is None else visible(options, key, query.shape[2])
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, seen, dropout, scaling, is_causal, **more
+        )
+    return attention(query, key, value, options).transpose(1, 2).contiguous(), None
+
+
+def attend_int8(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+) -> tuple[Tensor, None]:
+    """Quantised attention in the layers that the config names for it, all where it names none; else `attend`."""
+    return _int8("auto", module, (query, key, value), attention_mask, more)
+
+
+def attend_as_int8(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+) -> tuple[Tensor, None]:
+    """`attend_int8` by its reference, so that a CPU can measure what a GPU will compute; single queries are exact."""
+    backend: Backend = "auto" if query.shape[2] == 1 else "reference"
+    return _int8(backend, module, (query, key, value), attention_mask, more)
+
+
+def _int8(
+    backend: Backend, module: nn.Module, tensors: tuple[Tensor, ...], mask: Tensor | None, more: dict[str, Any]
+) -> tuple[Tensor, None]:
+    how, rest = _quantization(module), dict(more)
+    dropout, scaling, is_causal = (rest.pop(name, None) for name in ("dropout", "scaling", "is_causal"))
+    if how is None or _stock_reason(mask, dropout or 0.0) is not None:
+        return attend(module, *tensors, mask, **more)
+    options = read_call(mask, scaling, is_causal_call(module, is_causal), rest)
+    if options.softcap is not None or options.mask is not None:
+        _log_exact("soft caps and masks other than ranges of keys are computed by exact attention only")
+        return attend(module, *tensors, mask, **more)
+    return attention_int8(*tensors, options, how, backend=backend).transpose(1, 2).contiguous(), None
+
+
+def _quantization(module: nn.Module) -> Quantization | None:
+    """Return how a layer's attention is quantised; None: it is exact."""
+    config: Any = getattr(module, "config", None)
+    kinds = None if config is None else declared_kinds(vars(config))
+    index = getattr(module, "layer_idx", None)
+    return _HOW.get(INT8_FP16 if kinds is None or not isinstance(index, int) else kinds[index])
+
+
+def _stock_reason(mask: Tensor | None, dropout: float) -> str | None:
+    if dropout:
+        return "dropout"
+    return "an additive mask" if mask is not None and mask.is_floating_point() else None
+
+
+def seen_by(mask: Tensor | None, key: Tensor, queries: int) -> Tensor | None:
+    """Return a mask of `attention_ranges` as bool (B, 1, S, T); `key` is (B, G, T, D)."""
+    if mask is None or mask.dtype != torch.int32:
+        return mask
+    return visible(Options(ranges=mask[:, 0, 0]), key, queries)
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    _LOG.warning("attention: sdpa, because of %s", reason)
+
+
+@functools.cache
+def _log_exact(reason: str) -> None:
+    _LOG.warning("attention: exact, because %s", reason)
