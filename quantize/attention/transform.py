@@ -19,6 +19,7 @@ from reattend.families.source import Source
 from reattend.kernels.attention import Options
 from reattend.kernels.attention.reference import attention as exact_attention
 from reattend.kernels.attention_int8 import Quantization, attention_int8
+from reattend.quantize.attention.kinds import HOW
 from reattend.quantize.attention.similarity import similarity, worst
 from reattend.transform import Group, Passes, Statistics
 
@@ -34,10 +35,12 @@ class Int8Attention(BaseModel):
     threshold: float = Field(
         0.998, gt=0, le=1, strict=True, description="least cosine between a layer's output and the exact one"
     )
-    values: Literal["auto", "fp16"] = Field(
-        "auto", description="auto: fp8 products with the values where they reach the threshold too; fp16: never"
+    fp8_threshold: float = Field(
+        0.9995, gt=0, le=1, strict=True, description="the same for products with the values in e4m3"
     )
-    smooth_v: bool = Field(False, strict=True, description="subtract the values' mean before rounding, add it after")
+    values: Literal["auto", "fp16"] = Field(
+        "auto", description="auto: e4m3 products with the values where they reach fp8_threshold; fp16: never"
+    )
 
     @property
     def tolerance(self) -> float:
@@ -82,15 +85,15 @@ class Int8Attention(BaseModel):
     @property
     def _kinds(self) -> dict[str, Quantization]:
         """The quantised kinds that may be chosen, the fastest first."""
-        kinds = {INT8_FP8: Quantization(values="fp8", smooth_v=self.smooth_v)} if self.values == "auto" else {}
-        return {**kinds, INT8_FP16: Quantization(values="fp16", smooth_v=self.smooth_v)}
+        return {kind: how for kind, how in HOW.items() if self.values == "auto" or kind == INT8_FP16}
 
     def _chosen(self, statistics: Statistics) -> list[str]:
         layers = sorted((name for name in statistics if name.isdigit()), key=int)
         return [self._kind(statistics[name]) for name in layers]
 
     def _kind(self, measured: Mapping[str, Tensor]) -> str:
-        good = (kind for kind in self._kinds if float(measured[kind][0]) >= self.threshold)
+        limits = {INT8_FP8: self.fp8_threshold, INT8_FP16: self.threshold}
+        good = (kind for kind in self._kinds if float(measured[kind][0]) >= limits[kind])
         return next(good, EXACT)
 
     def statistics_bytes(self, source: Source) -> int:

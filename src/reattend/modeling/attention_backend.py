@@ -14,15 +14,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from reattend.families.attention_kinds import INT8_FP8, INT8_FP16, declared_kinds
+from reattend.families.attention_kinds import INT8_FP16, declared_kinds
 from reattend.kernels.attention import Options, attention
 from reattend.kernels.attention.call import is_causal_call, read_call
 from reattend.kernels.attention.reference import visible
 from reattend.kernels.attention_int8 import Backend, Quantization, attention_int8
+from reattend.quantize.attention.kinds import HOW
 
 _LOG = logging.getLogger(__name__)
 EXACT, INT8, SIMULATED = "reattend", "reattend_int8", "reattend_int8_simulated"
-_HOW = {INT8_FP16: Quantization(values="fp16"), INT8_FP8: Quantization(values="fp8")}
 
 
 def register_attention() -> None:
@@ -152,7 +152,7 @@ def _quantization(module: nn.Module) -> Quantization | None:
     config: Any = getattr(module, "config", None)
     kinds = None if config is None else declared_kinds(vars(config))
     index = getattr(module, "layer_idx", None)
-    return _HOW.get(INT8_FP16 if kinds is None or not isinstance(index, int) else kinds[index])
+    return HOW.get(INT8_FP16 if kinds is None or not isinstance(index, int) else kinds[index])
 
 
 def _stock_reason(mask: Tensor | None, dropout: float) -> str | None:

@@ -71,10 +71,10 @@ def test_layers_that_know_of_each_others_errors_end_nearer_to_the_source(model, 
     moments = [read_moments(gather_moments(layer, geometry, 128)) for layer in layer_passes(model, source.family, few)]
     pair_S, kept_YS = slots_of_all(moments, geometry, 4, None)
     how = Conversion(geometry, 8, True, Schedule(steps=16))
-    far = {}
+    far, prefix = {}, None
     for together in (False, True):
         for layer in layer_passes(model, source.family, texts):
-            prefix = Prefix(layer.hidden) if layer.index == 0 else prefix
+            prefix = prefix if layer.index else Prefix(layer.hidden)
             rope = (pair_S, kept_YS[layer.index])
             attention, errors = convert(layer, moments[layer.index], rope, how, prefix if together else None)
             assert errors["refit"] <= errors["closed_form"]
