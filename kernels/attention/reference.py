@@ -25,9 +25,10 @@ def attention(query_BHSD: Tensor, key_BGTD: Tensor, value_BGTV: Tensor, options:
 def scores(query_BHSD: Tensor, key_BGTD: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
     """Return scores (B, H, S, T), -inf where a query doesn't see a key."""
     batch, heads, queries, width = query_BHSD.shape
-    grouped = query_BHSD.to(dtype).reshape(batch, key_BGTD.shape[1], -1, queries, width)
+    groups, tokens = key_BGTD.shape[1:3]
+    grouped = query_BHSD.to(dtype).reshape(batch, groups, heads // groups, queries, width)
     product = torch.einsum("bgpsd,bgtd->bgpst", grouped, key_BGTD.to(dtype))
-    score_BHST = product.reshape(batch, heads, queries, -1) * options.scale_for(width)
+    score_BHST = product.reshape(batch, heads, queries, tokens) * options.scale_for(width)
     if options.softcap is not None:
         score_BHST = options.softcap * torch.tanh(score_BHST / options.softcap)
     distance_BST = _distance(options, key_BGTD, queries)
@@ -69,6 +70,7 @@ def _clipped(weight_BHST: Tensor, options: Options) -> Tensor:
 def mix(weight_BHST: Tensor, value_BGTV: Tensor) -> Tensor:
     """Return the weighted sum of values (B, H, S, V)."""
     batch, heads, queries, tokens = weight_BHST.shape
-    grouped = weight_BHST.reshape(batch, value_BGTV.shape[1], -1, queries, tokens)
+    groups = value_BGTV.shape[1]
+    grouped = weight_BHST.reshape(batch, groups, heads // groups, queries, tokens)
     mixed = torch.einsum("bgpst,bgtv->bgpsv", grouped, value_BGTV.to(weight_BHST.dtype))
-    return mixed.reshape(batch, heads, queries, -1)
+    return mixed.reshape(batch, heads, queries, value_BGTV.shape[3])

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -233,6 +234,14 @@ def test_no_keys_and_no_queries():
     q, k, v = case(1, 4, 2, 5, 6, 8, 8)
     assert torch.equal(attention(q, k[:, :, :0], v[:, :, :0]), torch.zeros(1, 4, 5, 8, dtype=torch.float64))
     assert attention(q[:, :, :0], k, v).shape == (1, 4, 0, 8)
+    for name, how in options((1, 4, 2, 5, 6)).items():
+        how = replace(how, ranges=None, mask=None)
+        out, lse = attention_with_lse(q, k[:, :, :0], v[:, :, :0], how)
+        assert torch.equal(out, torch.zeros_like(out)), name
+        assert torch.equal(
+            lse,
+            torch.full_like(lse, -torch.inf) if how.sinks is None else how.sinks.double()[:, None].expand(1, 4, 5),
+        )
 
 
 def test_calls_of_transformers(caplog):

@@ -134,7 +134,11 @@ def attend_as_int8(
 
 
 def _int8(
-    backend: Backend, module: nn.Module, tensors: tuple[Tensor, ...], mask: Tensor | None, more: dict[str, Any]
+    backend: Backend,
+    module: nn.Module,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    more: dict[str, Any],
 ) -> tuple[Tensor, None]:
     how, rest = _quantization(module), dict(more)
     dropout, scaling, is_causal = (rest.pop(name, None) for name in ("dropout", "scaling", "is_causal"))
