@@ -12,7 +12,7 @@ from reattend.kernels.attention.options import Options
 
 _LOG = logging.getLogger(__name__)
 # Passed along by models, and without a meaning for attention once the mask is made.
-_NO_MATTER = frozenset(
+NO_MATTER = frozenset(
     ("position_ids", "cache_position", "use_cache", "cache", "past_key_values", "return_dict", "logits_to_keep",
      "num_items_in_batch", "output_hidden_states", "output_router_logits", "is_training", "position_embeddings")
 )  # fmt: skip
@@ -37,7 +37,7 @@ def read_call(mask: Tensor | None, scaling: float | None, causal: bool, more: Ma
         if name in given:
             raise ValueError(f"attention 'reattend' does not know {name!r}; use attn_implementation='sdpa'")
     window, softcap, sinks = (given.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
-    for name in sorted(given.keys() - _NO_MATTER):
+    for name in sorted(given.keys() - NO_MATTER):
         _log_once(name)
     if mask is None:
         return Options(causal, scaling, window if causal else None, softcap, sinks=sinks)

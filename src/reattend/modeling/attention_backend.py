@@ -16,12 +16,13 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from reattend.families.attention_kinds import INT8_FP16, declared_kinds
 from reattend.kernels.attention import Options, attention
-from reattend.kernels.attention.call import is_causal_call, read_call
+from reattend.kernels.attention.call import NO_MATTER, is_causal_call, read_call
 from reattend.kernels.attention.reference import visible
 from reattend.kernels.attention_int8 import Backend, Quantization, attention_int8
 from reattend.quantize.attention.kinds import HOW
 
 _LOG = logging.getLogger(__name__)
+_PLAIN = NO_MATTER | {"sliding_window"}  # which matters to masks alone where there is one query
 EXACT, INT8, SIMULATED = "reattend", "reattend_int8", "reattend_int8_simulated"
 
 
@@ -107,6 +108,10 @@ def attend(
     dropout and additive masks run through sdpa, said once in the log. A keyword that would change the result and is
     not known raises `ValueError`; one that is merely unknown is named once in the log.
     """
+    if _is_single(query, attention_mask, more):
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **more
+        )
     options = read_call(attention_mask, scaling, is_causal_call(module, is_causal), more)
     stock = _stock_reason(attention_mask, dropout)
     if stock is not None:
@@ -157,6 +162,13 @@ def _quantization(module: nn.Module) -> Quantization | None:
     kinds = None if config is None else declared_kinds(vars(config))
     index = getattr(module, "layer_idx", None)
     return HOW.get(INT8_FP16 if kinds is None or not isinstance(index, int) else kinds[index])
+
+
+def _is_single(query: Tensor, mask: Tensor | None, more: dict[str, Any]) -> bool:
+    """Whether this is plain decode on a CPU, where sdpa would run: reading the call costs a percent."""
+    if query.shape[2] > 1 or query.device.type != "cpu" or (mask is not None and mask.dtype == torch.int32):
+        return False
+    return all(value is None or name in _PLAIN for name, value in more.items())
 
 
 def _stock_reason(mask: Tensor | None, dropout: float) -> str | None:
