@@ -58,12 +58,11 @@ def _losses(passes: Passes, convert: Convert, rank: int) -> Tensor:
     """The windows' losses with all layers converted at a rank, or with none for 0."""
     converted: Tensor | None = None
     for layer in passes(_TEXT):
-        if converted is None:
-            converted = layer.hidden[_TEXT].clone()
+        states = layer.hidden[_TEXT]  # what the last layer puts out, in the end
         if rank:
+            converted = states.clone() if converted is None else converted
             run_converted(layer, convert(layer, rank), converted)
-    assert converted is not None
-    return passes.losses(_TEXT, converted if rank else layer.hidden[_TEXT])
+    return passes.losses(_TEXT, states if converted is None else converted)
 
 
 def rank_findings(statistics: Statistics) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """From passes over the layers to converted layers: moments, the frequency list, the choice, the refit.
 
 Two passes are made. The first gathers every layer's second moments, from which one list of frequencies for
-all layers follows; the second converts layer by layer, measuring and fitting on the layer's own inputs.
+all layers follows; the second converts layer by layer. Choices are measured on the source layer's own inputs; the fit
+is on what the layers converted before put out (`prefix`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -122,8 +123,7 @@ def convert(
     choice, closed = best_choice(lambda tried: _error(converted(tried), *seen["selection"]))
     best = converted(choice)
     if prefix is not None:
-        missing = prefix.missing(before)
-        seen = {text: (x, seen[text][1] + missing[text]) for text, x in prefix.inputs(layer).items()}
+        seen = _behind(prefix, layer, before, seen)
         closed = _error(best, *seen["selection"])
     errors = {"closed_form": closed}
     if how.schedule is not None:
@@ -135,6 +135,15 @@ def convert(
         best = _with_query_rank(best, seen["calibration"], how)
         errors["query_rank"] = _error(best, *seen["selection"])
     return best, errors
+
+
+def _behind(
+    prefix: Prefix, layer: LayerPass, before: dict[str, Tensor], seen: dict[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what the layer reads behind the prefix, and what it should put out; `before` and `seen` are used up."""
+    missing, inputs = prefix.missing(before), prefix.inputs(layer)
+    before.clear()
+    return {text: (inputs[text], missing.pop(text).add_(seen.pop(text)[1])) for text in list(seen)}
 
 
 def _with_query_rank(layer: LatentAttention, calibration: tuple[Tensor, Tensor], how: Conversion) -> LatentAttention:

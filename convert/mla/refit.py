@@ -1,8 +1,8 @@
 """Layer-wise refit: the converted attention is fitted to the source layer's attention output on given inputs.
 
-Inputs and targets are the source model's, so layers are independent and nothing is propagated through the
-model. Three stages, all on the loss `output_error` (per token and normalised): `fit_output` solves o_proj,
-momentum steps change all matrices (biases stay), `fit_output` again. Memory: one layer, one batch.
+What inputs and targets are is the caller's choice (`prefix`); nothing is propagated back through the model. Three
+stages, all on the loss `output_error` (per token and normalised): `fit_output` solves o_proj, momentum steps change
+all matrices (biases stay), `fit_output` again. Memory: one layer, one batch.
 
 Legend: W windows, T tokens, E hidden; as in `attention` otherwise.
 """

@@ -44,6 +44,7 @@ from reattend.convert.mla.native import (
 from reattend.convert.mla.prefix import Prefix, read_attention, stored_attention
 from reattend.convert.mla.refit import Schedule
 from reattend.errors import Refusal
+from reattend.families.attention_kinds import KEY
 from reattend.families.source import Source
 from reattend.transform import Group, Passes, Statistics
 
@@ -76,12 +77,9 @@ class Mla(BaseModel):
     )
     refit_steps: int = Field(24, ge=1, strict=True, description="steps per layer")
     refit_rate: float = Field(
-        3e-3,
-        gt=0,
-        strict=True,
-        allow_inf_nan=False,
+        3e-3, gt=0, strict=True, allow_inf_nan=False,
         description="relative change of a matrix per step, falling as a cosine",
-    )
+    )  # fmt: skip
     refit_windows: int = Field(2, ge=1, strict=True, description="calibration windows per step")
 
     @model_validator(mode="after")
@@ -139,6 +137,8 @@ class Mla(BaseModel):
         before = 2 * geometry.kv_heads * geometry.head_dim
         after = self._rank(geometry) + self.rope_dim
         remarks = [f"the cache holds {after} numbers per token and layer, before {before}"]
+        if KEY in source.config:
+            remarks.append(f"config.json's {KEY} goes: it was chosen for the attention that was")
         if self.undecided:
             remarks.append(f"sizes are those of latent_rank {self._rank(geometry)}, the largest: calibration decides")
         elif self.latent_rank == "auto":

@@ -32,7 +32,7 @@ def attention(
     and a C compiler; bf16, no option but `causal`, `scale`, `window`, `ranges` and `sinks`; no gradients), "triton"
     (CUDA, or its interpreter; fp32, fp16 and bf16, D and V up to 256, no `mask`; gradients of all tensors but
     `slopes` and `gamma`), or "auto": the fastest that applies; where that is torch, why is
-    logged once. Under torch.compile that is torch, which can be traced.
+    logged once. While something traces torch's calls (torch.compile) that is torch.
     Raises `ValueError` for shapes or options that do not fit and `RuntimeError` for a backend that can't run here.
     """
     return _run(query, key, value, options, backend, lse=False)[0]
@@ -62,7 +62,7 @@ def _route(query: Tensor, key: Tensor, value: Tensor, options: Options, backend:
     """Return the function that runs. Raises where the one that was asked for can't."""
     if backend not in ("auto", "torch", *_MODULES):
         raise ValueError(f"attention: backend={backend!r}, not 'auto', 'triton', 'native' or 'torch'")
-    if backend == "torch" or (backend == "auto" and torch.compiler.is_compiling()):
+    if backend == "torch" or (backend == "auto" and _is_traced(query)):
         return products.attention
     name = backend if backend != "auto" else "triton" if query.is_cuda else "native"
     missing = _unavailable(name) or _module(name).unfit(query, key, value, options)
@@ -72,6 +72,12 @@ def _route(query: Tensor, key: Tensor, value: Tensor, options: Options, backend:
         raise RuntimeError(f"attention: backend {backend!r} can't run: {missing}")
     _log_once(missing)
     return products.attention
+
+
+def _is_traced(query: Tensor) -> bool:
+    """Whether something watches torch's calls, and would not see what a kernel does: compile, trace, fake tensors."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return bool(traced) or type(query) not in (Tensor, torch.nn.Parameter)
 
 
 @functools.cache

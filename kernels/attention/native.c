@@ -183,7 +183,7 @@ TARGET static void finish(const Attention *a, const float *acc, float top, float
         __m256i halves = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(acc + i), by));
         _mm256_mask_storeu_epi16(to + i, lanes_in(i, 0, a->values), halves);
     }
-    if (a->lse) a->lse[(b * a->heads + h) * a->queries + s] = whole > 0 ? (highest + log2f(whole)) * LN2 : -INFINITY;
+    if (a->lse) a->lse[(b * a->heads + h) * a->queries + s] = whole == 0 ? -INFINITY : (highest + log2f(whole)) * LN2;
 }
 
 /* Products of one block of queries with keys [token, token + count), added to its sums. */

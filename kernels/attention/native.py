@@ -45,7 +45,9 @@ def unfit(query: Tensor, key: Tensor, value: Tensor, options: Options) -> str | 
         return f"tensors are {query.dtype} on {query.device}, not torch.bfloat16 on cpu"
     if options.softcap or options.slopes is not None or options.mask is not None or options.is_clipped:
         return "the compiled kernel has no softcap, slopes, clipped softmax or mask"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (query, key, value, options.sinks)
+    ):
         return "the compiled kernel has no gradients"
     if query.shape[2] * query.shape[1] < _FEW_ROWS * key.shape[1]:
         return f"fewer than {_FEW_ROWS} queries per key head are quicker in torch"
@@ -62,8 +64,8 @@ def attention(
     batch, heads, queries, width = q.shape
     groups, tokens, values = k.shape[1], k.shape[2], v.shape[3]
     # What reads it wants (B, S, H, V): then nothing has to be copied.
-    out = torch.empty(batch, queries, heads, values, dtype=q.dtype).transpose(1, 2)
-    sums = torch.empty(batch, heads, queries) if lse else None
+    out = torch.empty(batch, queries, heads, values, dtype=q.dtype, device=q.device).transpose(1, 2)
+    sums = torch.empty(batch, heads, queries, device=q.device) if lse else None
     ranges = options.ranges_for(key, queries).contiguous()
     sinks = None if options.sinks is None else options.sinks.detach().float().contiguous()
     call = _Attention(

@@ -18,7 +18,7 @@ class Options:
         window   with `causal`: only the last `window` keys up to the query's own position are seen
         softcap  scores become softcap tanh(score / softcap)
         ranges   (B, 3) int32 per sequence: first key, end of keys, `offset`; None: 0, T, T - S (bottom-right)
-        mask     (B or 1, 1 or H, S, T) bool, true where a query sees a key, besides all of the above
+        mask     bool, broadcast to (B, H, S, T), true where a query sees a key, besides all of the above
         slopes   (H,) ALiBi: a score falls by slope x distance in positions (Press et al., arXiv 2108.12409)
         sinks    (H,) a score without a key or value, in every row's softmax
         gamma    (H,) clipped softmax (Bondarenko et al., arXiv 2306.12929): weights become
@@ -56,7 +56,8 @@ class Options:
         """Return the options of queries `first` to `last` (exclusive) alone, of `queries` to `key` (B, G, T, D)."""
         ranges = self.ranges_for(key, queries).clone()
         ranges[:, 2] += first
-        mask = None if self.mask is None else self.mask[:, :, first:last]
+        mask = self.mask
+        mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, first:last]
         return replace(self, ranges=ranges, mask=mask)
 
     def ranges_for(self, key: Tensor, queries: int) -> Tensor:
@@ -80,11 +81,11 @@ def check(query: Tensor, key: Tensor, value: Tensor, options: Options) -> None:
         raise ValueError(f"attention: {shapes} do not fit")
     if not key.shape[1] or heads % key.shape[1]:
         raise ValueError(f"attention: {heads} query heads are no multiple of {key.shape[1]} key heads")
-    _check_options(options, (batch, heads, queries, key.shape[2]))
+    _check_options(options, (batch, heads, queries, key.shape[2]), query.device)
 
 
-def _check_options(options: Options, shape: tuple[int, int, int, int]) -> None:
-    batch, heads, queries, tokens = shape
+def _check_options(options: Options, shape: tuple[int, int, int, int], device: torch.device) -> None:
+    batch, heads = shape[:2]
     if options.window is not None and (options.window < 1 or not options.causal):
         raise ValueError(f"attention: window {options.window} must be at least 1, and needs causal")
     if options.softcap is not None and not options.softcap > 0:
@@ -99,11 +100,16 @@ def _check_options(options: Options, shape: tuple[int, int, int, int]) -> None:
         raise ValueError("attention: clipped softmax with sinks is not defined")
     if options.zeta < 1:
         raise ValueError(f"attention: zeta {options.zeta} is less than 1")
-    mask = options.mask
-    if mask is not None and not (
-        mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[0] in (1, batch)
-        and mask.shape[1] in (1, heads) and mask.shape[2:] == (queries, tokens)
-    ):  # fmt: skip
-        raise ValueError(
-            f"attention: mask {mask.dtype} {tuple(mask.shape)} is not bool (.., .., {queries}, {tokens})"
-        )
+    _check_mask(options.mask, shape)
+    for name in ("ranges", "mask", "slopes", "sinks", "gamma"):
+        tensor = getattr(options, name)
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"attention: {name} is on {tensor.device}, the query on {device}")
+
+
+def _check_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> None:
+    if mask is None:
+        return
+    fits = mask.dim() == 4 and all(size in (1, wanted) for size, wanted in zip(mask.shape, shape, strict=True))
+    if mask.dtype != torch.bool or not fits:
+        raise ValueError(f"attention: mask {mask.dtype} {tuple(mask.shape)} is not bool, broadcast to {shape}")

@@ -35,7 +35,7 @@ def attention(
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
     queries, tokens = query.shape[2], key.shape[2]
-    scale, grouped = options.scale_for(query.shape[3]), query.shape[1] != key.shape[1]
+    scale, grouped = options.scale_for(query.shape[3]), bool(query.shape[1] != key.shape[1])
     whole = options.ranges is None and options.mask is None and options.window is None
     if whole and (not options.causal or queries == tokens or queries == 1):
         causal = options.causal and queries > 1

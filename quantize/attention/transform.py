@@ -16,8 +16,7 @@ from reattend.calibration.layerwise import LayerPass
 from reattend.errors import Refusal
 from reattend.families.attention_kinds import EXACT, INT8_FP8, INT8_FP16, KEY
 from reattend.families.source import Source
-from reattend.kernels.attention import Options
-from reattend.kernels.attention.reference import attention as exact_attention
+from reattend.kernels.attention import Options, attention
 from reattend.kernels.attention_int8 import Quantization, attention_int8
 from reattend.quantize.attention.kinds import HOW
 from reattend.quantize.attention.similarity import similarity, worst
@@ -73,7 +72,7 @@ class Int8Attention(BaseModel):
         found: dict[str, list[Tensor]] = {kind: [] for kind in self._kinds}
 
         def observe(query: Tensor, key: Tensor, value: Tensor, options: Options) -> None:
-            exact, _ = exact_attention(query, key, value, options)
+            exact = attention(query, key, value, options, backend="torch")
             for kind, how in self._kinds.items():
                 ours = attention_int8(query, key, value, options, how, backend="reference")
                 found[kind].append(similarity(ours, exact))

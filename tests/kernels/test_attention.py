@@ -47,6 +47,7 @@ def options(shape):
         "ranges, all": Options(causal=False, ranges=ranges, window=None),
         "window and ranges": Options(window=9, ranges=ranges),
         "mask": Options(causal=False, mask=mask),
+        "mask for all queries": Options(causal=False, mask=mask[:, :, :1]),
         "slopes": Options(slopes=torch.linspace(0.1, 1, heads)),
         "sinks": Options(sinks=torch.linspace(-1, 6, heads)),
         "clipped": Options(gamma=torch.full((heads,), -0.02), zeta=1.03),
@@ -111,7 +112,7 @@ def test_the_compiled_route(shape, threads, monkeypatch):
     tensors = case(*shape, dtype=torch.bfloat16)
     for name, how in options(shape).items():
         if native.unfit(*tensors, how):
-            assert name in ("softcap", "slopes", "clipped", "mask")
+            assert name in ("softcap", "slopes", "clipped", "mask", "mask for all queries")
             continue
         want, sums = reference.attention(*(tensor.double() for tensor in tensors), how)
         out, lse = attention_with_lse(*tensors, how, backend="native")
@@ -207,6 +208,7 @@ WRONG = [
     (Options(zeta=0.9), "zeta"),
     (Options(mask=torch.ones(1, 1, 5, 6)), "mask torch.float32"),
     (Options(mask=torch.ones(1, 1, 4, 6, dtype=torch.bool)), "mask torch.bool"),
+    (Options(sinks=torch.ones(4, device="meta")), "sinks is on meta"),
 ]
 
 
@@ -246,8 +248,10 @@ def test_no_keys_and_no_queries():
 
 def test_calls_of_transformers(caplog):
     ranges = torch.tensor([[1, 5, 2]], dtype=torch.int32)
-    assert read_call(None, 0.5, True, {"sliding_window": 3, "softcap": 2.0}) == Options(True, 0.5, 3, 2.0)
-    assert torch.equal(read_call(ranges[:, None, None], None, False, {}).ranges, ranges)
+    assert read_call(None, 0.5, True, {"sliding_window": 3, "softcap": 2.0}) == Options(True, 0.5, softcap=2.0)
+    read = read_call(torch.tensor([[[[1, 5, 2, 3]]]], dtype=torch.int32), None, False, {"sliding_window": 9})
+    assert read == Options(True, window=3)
+    assert torch.equal(read.ranges, ranges)
     seen = torch.ones(1, 1, 2, 3, dtype=torch.bool)
     read = read_call(seen, None, True, {"sliding_window": 1, "position_ids": 3})
     assert read == Options(False)

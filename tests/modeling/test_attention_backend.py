@@ -77,7 +77,10 @@ def test_logits_are_those_of_sdpa(family, mask, compact, request):
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "left"])
-def test_chunks_over_a_cache(family, cache, mask, through_ranges):
+@pytest.mark.parametrize("compact", [False, True], ids=["sdpa's masks", "ranges"])
+def test_chunks_over_a_cache(family, cache, mask, compact, request):
+    if compact:
+        request.getfixturevalue("through_ranges")
     stock, ours = models(family, **({"sliding_window": 9} if family == "mistral" else {}))
     found = []
     for model in (stock, ours):
@@ -127,6 +130,15 @@ def test_generation_of_a_padded_batch_is_that_of_single_runs():
         stock, ours = models("qwen2")
         texts = [model.generate(IDS, attention_mask=LEFT, **options, **more) for model in (stock, ours)]
         assert torch.equal(*texts)
+
+
+def test_assisted_decoding_takes_back_what_was_guessed(through_ranges):
+    """Several queries over a cache that is cut again and again: repeated prompts make guesses that come true in part."""
+    stock, ours = models("llama")
+    prompt = IDS[:1, :8].repeat(1, 4)
+    options = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    want = stock.generate(prompt, **options)
+    assert torch.equal(ours.generate(prompt, prompt_lookup_num_tokens=4, **options), want)
 
 
 def test_soft_caps():
@@ -200,9 +212,9 @@ def test_masks_are_compact_only_where_they_say_all():
     sizes = {"batch_size": 3, "q_length": WIDTH, "kv_length": WIDTH, "device": "cpu", "dtype": torch.bfloat16}
     assert attention_ranges(**sizes) is None
     left = attention_ranges(**sizes, attention_mask=LEFT.bool())
-    assert left[:, 0, 0].tolist() == [[13, 40, 0], [39, 40, 0], [0, 40, 0]]
+    assert left[:, 0, 0].tolist() == [[13, 40, 0, 0], [39, 40, 0, 0], [0, 40, 0, 0]]
     right = attention_ranges(**sizes, attention_mask=RIGHT.bool())
-    assert right[:, 0, 0].tolist() == [[0, 27, 0], [0, 1, 0], [0, 40, 0]]
+    assert right[:, 0, 0].tolist() == [[0, 27, 0, 0], [0, 1, 0, 0], [0, 40, 0, 0]]
     stock = transformers.masking_utils.sdpa_mask(**sizes, attention_mask=HOLES.bool())
     assert torch.equal(attention_ranges(**sizes, attention_mask=HOLES.bool()), stock)
     assert attention_ranges(**sizes | {"dtype": torch.float32}, attention_mask=LEFT.bool()).dtype == torch.bool
@@ -220,6 +232,61 @@ def test_it_can_be_compiled():
             rows = slice(None) if mask is None else mask.bool()
             got, want = (m(IDS, attention_mask=mask, use_cache=False).logits[rows] for m in (compiled, stock))
             compare(got, want, torch.bfloat16)
+
+
+WINDOWED = (
+    "qwen2_moe",
+    "phimoe",
+    "olmoe",
+)  # the first two pass no window, the third passes one without a mask for it
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_mask_says_the_window_and_not_a_keyword(family, dtype, request):
+    if dtype == torch.float32:
+        request.getfixturevalue("through_ranges")
+    name = {"qwen2_moe": "Qwen2Moe", "phimoe": "Phimoe", "olmoe": "Olmoe"}[family]
+    settings = CONFIGS["mixtral"][1] | {"sliding_window": 9, "num_experts": 3, "moe_intermediate_size": 24}
+    settings |= {"use_sliding_window": True}
+    settings |= {"layer_types": ["sliding_attention", "full_attention"]} if family == "qwen2_moe" else {}
+    found = []
+    for implementation in ("sdpa", "reattend"):
+        config = getattr(transformers, f"{name}Config")(**settings)
+        model = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation=implementation)
+        for parameter in model.eval().parameters():
+            torch.manual_seed(parameter.numel())
+            nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.1)
+        with torch.inference_mode():
+            found.append(model.to(dtype)(IDS, use_cache=False).logits.double())
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_a_mask_that_its_model_edits_is_sdpas():
+    sizes = {"batch_size": 1, "q_length": 4, "kv_length": 4, "device": "cpu", "dtype": torch.bfloat16}
+    assert attention_ranges(**sizes, allow_is_causal_skip=False).dtype == torch.bool
+    assert attention_ranges(**sizes | {"kv_length": 9}, q_offset=5)[0, 0, 0].tolist() == [0, 9, 5, 0]
+    window = attention_ranges(**sizes, local_size=3)
+    assert (window[0, 0, 0].tolist(), window.window) == ([0, 4, 0, 3], 3)
+    assert attention_ranges(**sizes, local_size=4) is None
+
+
+def test_autocast_casts_as_for_sdpa():
+    found = []
+    for model in models("qwen2", torch.float32):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            found.append(model(IDS, attention_mask=LEFT, use_cache=False).logits[LEFT.bool()].double())
+    compare(found[1], found[0], torch.bfloat16)
+
+
+def test_masks_of_one_row_and_refused_combinations():
+    q = torch.randn(3, 2, WIDTH, 8)
+    module = nn.Module()
+    row = LEFT.bool()[:, None, None]
+    want = torch.nn.functional.scaled_dot_product_attention(q, q, q, row)
+    torch.testing.assert_close(attend(module, q, q, q, row)[0], want.transpose(1, 2))
+    with pytest.raises(ValueError, match="sinks and soft caps are not computed with dropout"):
+        attend(module, q, q, q, None, dropout=0.1, s_aux=torch.zeros(2))
 
 
 def test_packed_sequences_keep_apart():

@@ -167,16 +167,55 @@ def test_padded_batches_are_quantised_as_single_runs(out):
 
 
 BAD = [
-    ("exact", "must be a list"),
+    ("exact", "is no list"),
     (["exact"] * 4, "has 4 entries for 5 layers"),
-    (["exact"] * 4 + ["int4"], "must be a list of exact, int8_fp16, int8_fp8"),
+    (["exact"] * 4 + ["int4"], "holds 'int4', none of exact, int8_fp16, int8_fp8"),
 ]
 
 
 @pytest.mark.parametrize(("value", "message"), BAD, ids=[message for _, message in BAD])
 def test_a_damaged_choice_is_refused(value, message):
     with pytest.raises(Refusal, match=message):
-        declared_kinds({KEY: value, "num_hidden_layers": 5})
+        declared_kinds({KEY: value}, 5)
+
+
+def declare(folder, kinds, **more):
+    config = json.loads((folder / "config.json").read_text()) | {KEY: kinds, **more}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_damaged_choice_is_refused_by_name_everywhere(tmp_path):
+    folder = declare(write_model("llama", tmp_path / "damaged"), ["exact"])
+    for call in (reattend.load, inspect, lambda model: reattend.plan("int8", model)):
+        with pytest.raises(
+            Refusal, match=r"damaged/config.json: reattend_attention has 1 entries for 2 layers; remove"
+        ):
+            call(folder)
+
+
+def test_families_that_count_their_layers_by_another_name(tmp_path):
+    folder = declare(write_model("gpt2", tmp_path / "in", torch.float32), ["int8_fp16", "exact"])
+    ids = IDS[:, :64] % 90 + 3
+    with torch.no_grad():
+        simulated = reattend.load(folder, simulate=True).model(ids).logits
+        exact = reattend.load(folder, runtime="stock").model(ids).logits
+    assert 0 < float((simulated - exact).norm() / exact.norm()) < 0.05
+
+
+def test_what_load_can_not_simulate_is_refused(tmp_path):
+    folder = declare(write_model("llama", tmp_path / "in"), ["int8_fp16", "exact"])
+    with pytest.raises(Refusal, match="auto with simulate"):
+        reattend.load(folder, runtime="stock", simulate=True)
+    with pytest.raises(Refusal, match="runtime 'fast'"):
+        reattend.load(folder, runtime="fast")
+    assert (
+        reattend.load(folder, offload=True, simulate=True).model.config._attn_implementation
+        == "reattend_int8_simulated"
+    )
+    declare(folder, ["int8_fp16", "exact"], attn_implementation="eager")
+    with pytest.raises(Refusal, match="can't be honoured: LlamaForCausalLM runs attention 'eager'"):
+        reattend.load(folder)
 
 
 def test_models_that_can_not_have_it(tmp_path):

@@ -53,5 +53,8 @@ def _by_positions(options: Options, window: int | None, key: Tensor, queries: in
     """Return options without a mask where that says no more than causal and a window do, as with unpadded text."""
     if options.mask is None:
         return options
-    plain = replace(options, causal=True, window=window, mask=None)
-    return plain if bool((visible(plain, key, queries) == options.mask).all()) else options
+    for width in (window, None):
+        plain = replace(options, causal=True, window=width, mask=None)
+        if bool((visible(plain, key, queries) == options.mask).all()):
+            return plain
+    return options

@@ -53,12 +53,16 @@ def inspect(model: str, as_json: bool) -> None:
 @click.command()
 @click.argument("recipe")
 @click.argument("model")
+@window
 @as_json
-def plan(recipe: str, model: str, as_json: bool) -> None:
+def plan(recipe: str, model: str, window: int | None, as_json: bool) -> None:
     """Say what RECIPE would do to MODEL, from headers alone; nothing is written."""
     import reattend
+    from reattend.recipes.schema import load_recipe
 
-    summary = reattend.plan(recipe, model).summary()
+    asked = load_recipe(recipe)
+    asked = asked if window is None else asked.model_copy(update={"window": window})
+    summary = reattend.plan(asked, model).summary()
     if not as_json:
         for step in summary["steps"]:
             step["changes"] = _digest(step["changes"])

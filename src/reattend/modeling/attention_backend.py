@@ -6,6 +6,8 @@ padded batches come out wrong without a word. Masks are ranges of keys where the
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,14 +17,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from reattend.families.attention_kinds import INT8_FP16, declared_kinds
-from reattend.kernels.attention import Options, attention
+from reattend.kernels.attention import attention
 from reattend.kernels.attention.call import NO_MATTER, is_causal_call, read_call
 from reattend.kernels.attention.reference import visible
 from reattend.kernels.attention_int8 import Backend, Quantization, attention_int8
 from reattend.quantize.attention.kinds import HOW
 
 _LOG = logging.getLogger(__name__)
-_PLAIN = NO_MATTER | {"sliding_window"}  # which matters to masks alone where there is one query
 EXACT, INT8, SIMULATED = "reattend", "reattend_int8", "reattend_int8_simulated"
 
 
@@ -41,36 +42,37 @@ def attention_ranges(
 ) -> Tensor | None:
     """Return the mask of a forward pass in the form that `attend` reads.
 
-    None means causal from the bottom right, as sdpa means it where queries and keys are as many; int32 (B, 1, 1, 3)
-    are `Options.ranges`, with four dimensions because transformers takes two for a padding mask; anything else is
-    what `sdpa_mask` returns: bool (B, 1, S, T).
+    None means causal from the bottom right, or for one query all keys; int32 (B, 1, 1, 4) are `Options.ranges` and a
+    window (0: none), with four dimensions because transformers takes two for a padding mask; anything else is what
+    `sdpa_mask` returns: bool (B, 1, S, T).
     """
-    sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
-    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
-    if not _has_ranges(q_length, rest):
-        return sdpa_mask(**sizes, **offsets, **rest)
-    device = torch.device(rest.get("device") or "cpu")
-    padding = rest.get("attention_mask")
-    if padding is None:
-        if isinstance(q_offset, int) and q_offset == kv_offset and q_length == kv_length:
-            return None
-        edges = torch.tensor([0, kv_length], dtype=torch.int32, device=device).expand(batch_size, 2)
-    else:
-        found = _edges(padding[:, kv_offset : kv_offset + kv_length], kv_length)
-        if found is None:
-            return sdpa_mask(**sizes, **offsets, **rest)
-        edges = found
-    position = torch.as_tensor(q_offset - kv_offset, dtype=torch.int32, device=device).reshape(1, 1)
-    return torch.cat([edges, position.expand(batch_size, 1)], 1)[:, None, None]
+    edges = _edges(batch_size, kv_length, kv_offset, rest) if _has_ranges(q_length, rest) else None
+    if edges is None:
+        if q_length not in (1, kv_length):  # sdpa's None would be causal from the top left: an empty static cache
+            rest["allow_is_causal_skip"] = False
+        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+        return sdpa_mask(**sizes, q_offset=q_offset, kv_offset=kv_offset, **rest)
+    window = int(rest.get("local_size") or 0)
+    window = window if window < kv_length else 0  # some key is further away, or none is
+    padded = rest.get("attention_mask") is not None
+    if not (padded or window) and q_length == kv_length and isinstance(q_offset, int) and q_offset == kv_offset:
+        return None
+    numbers = [torch.as_tensor(n, dtype=torch.int32, device=edges.device) for n in (q_offset - kv_offset, window)]
+    columns = [number.reshape(1, 1).expand(batch_size, 1) for number in numbers]
+    mask = torch.cat([edges, *columns], 1)[:, None, None]
+    mask.window = window  # type: ignore[attr-defined]  # saves its reader from asking a GPU
+    return mask
 
 
 def _has_ranges(q_length: int, rest: dict[str, Any]) -> bool:
     """Whether a mask is causal over a range of keys, and a kernel that reads ranges may run."""
     window, config = rest.get("local_size"), rest.get("config")
+    if not rest.get("allow_is_causal_skip", True):  # something is laid over the mask, or the model edits it itself
+        return False
     chunked = getattr(config, "attention_chunk_size", None) is not None
-    # With a window the mask function is a closure that can't be told from others: this flag says that it is alone.
-    alone = window is not None and not chunked and rest.get("allow_is_causal_skip", True)
-    if not (rest.get("mask_function", causal_mask_function) is causal_mask_function or alone):
+    # With a window the mask function is a closure that can't be told from others, but by the flag above.
+    plain = rest.get("mask_function", causal_mask_function) is causal_mask_function
+    if not plain and (not window or chunked):
         return False
     return not _is_traced() and not _takes_sdpa_masks(q_length, rest)
 
@@ -87,9 +89,14 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
 
 
-def _edges(seen_BT: Tensor, tokens: int) -> Tensor | None:
-    """Return the first key and the end of keys (B, 2) of a padding mask; None where a row has holes."""
-    seen_BT = nn.functional.pad(seen_BT.bool(), (0, tokens - seen_BT.shape[1]))
+def _edges(batch: int, tokens: int, kv_offset: int, rest: dict[str, Any]) -> Tensor | None:
+    """Return the first key and the end of keys (B, 2), as padding says; None where a row has holes."""
+    padding = rest.get("attention_mask")
+    if padding is None:
+        whole = torch.tensor([0, tokens], dtype=torch.int32, device=torch.device(rest.get("device") or "cpu"))
+        return whole.expand(batch, 2)
+    seen_BT = padding[:, kv_offset : kv_offset + tokens].bool()
+    seen_BT = nn.functional.pad(seen_BT, (0, tokens - seen_BT.shape[1]))
     count_B = seen_BT.sum(1)
     first_B = seen_BT.int().argmax(1)
     starts_B = (seen_BT[:, 1:] & ~seen_BT[:, :-1]).sum(1) + seen_BT[:, 0]
@@ -104,9 +111,9 @@ def attend(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention as transformers calls it: query (B, H, S, D), key (B, G, T, D), value (B, G, T, V).
 
-    Returns the output (B, S, H, V) and no weights. `softcap`, `sliding_window` and `s_aux` (sinks) are computed;
-    dropout and additive masks run through sdpa, said once in the log. A keyword that would change the result and is
-    not known raises `ValueError`; one that is merely unknown is named once in the log.
+    Returns the output (B, S, H, V) and no weights. `softcap` and `s_aux` (sinks) are computed, a sliding window is
+    part of the mask; dropout and additive masks run through sdpa, said once in the log. A keyword that would change
+    the result and is not known raises `ValueError`; one that is merely unknown is named once in the log.
     """
     if _is_single(query, attention_mask, more):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -115,12 +122,26 @@ def attend(
     options = read_call(attention_mask, scaling, is_causal_call(module, is_causal), more)
     stock = _stock_reason(attention_mask, dropout)
     if stock is not None:
+        if options.sinks is not None or options.softcap is not None:
+            raise ValueError(f"attention 'reattend': sinks and soft caps are not computed with {stock}")
         _log_once(stock)
         seen = attention_mask if options.ranges is None else visible(options, key, query.shape[2])
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, seen, dropout, scaling, is_causal, **more
         )
-    return attention(query, key, value, options).transpose(1, 2).contiguous(), None
+    with _one_dtype(query, key, value) as tensors:
+        return attention(*tensors, options).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _one_dtype(*tensors: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Do what autocast does before sdpa: cast once; within, nothing is cast."""
+    device = tensors[0].device.type
+    query, key, value = tensors
+    if torch.is_autocast_enabled(device):
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    with torch.autocast(device, enabled=False):
+        yield query, key, value
 
 
 def attend_int8(
@@ -153,22 +174,25 @@ def _int8(
     if options.softcap is not None or options.mask is not None:
         _log_exact("soft caps and masks other than ranges of keys are computed by exact attention only")
         return attend(module, *tensors, mask, **more)
-    return attention_int8(*tensors, options, how, backend=backend).transpose(1, 2).contiguous(), None
+    with _one_dtype(*tensors) as cast:
+        return attention_int8(*cast, options, how, backend=backend).transpose(1, 2).contiguous(), None
 
 
 def _quantization(module: nn.Module) -> Quantization | None:
-    """Return how a layer's attention is quantised; None: it is exact."""
+    """Return how a layer's attention is quantised; None: it is exact, as is what a declaration does not cover."""
     config: Any = getattr(module, "config", None)
-    kinds = None if config is None else declared_kinds(vars(config))
+    kinds = None if config is None else declared_kinds(vars(config), getattr(config, "num_hidden_layers", 0))
     index = getattr(module, "layer_idx", None)
-    return HOW.get(INT8_FP16 if kinds is None or not isinstance(index, int) else kinds[index])
+    if kinds is None:
+        return HOW[INT8_FP16]
+    return HOW.get(kinds[index]) if isinstance(index, int) and index < len(kinds) else None
 
 
 def _is_single(query: Tensor, mask: Tensor | None, more: dict[str, Any]) -> bool:
     """Whether this is plain decode on a CPU, where sdpa would run: reading the call costs a percent."""
     if query.shape[2] > 1 or query.device.type != "cpu" or (mask is not None and mask.dtype == torch.int32):
         return False
-    return all(value is None or name in _PLAIN for name, value in more.items())
+    return all(value is None or name in NO_MATTER for name, value in more.items())
 
 
 def _stock_reason(mask: Tensor | None, dropout: float) -> str | None:
@@ -181,7 +205,7 @@ def seen_by(mask: Tensor | None, key: Tensor, queries: int) -> Tensor | None:
     """Return a mask of `attention_ranges` as bool (B, 1, S, T); `key` is (B, G, T, D)."""
     if mask is None or mask.dtype != torch.int32:
         return mask
-    return visible(Options(ranges=mask[:, 0, 0]), key, queries)
+    return visible(read_call(mask, None, True, {}), key, queries)
 
 
 @functools.cache

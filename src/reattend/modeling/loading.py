@@ -46,15 +46,18 @@ def load(
     `runtime="auto"` runs int8 checkpoints on our kernels, `deepseek_v3` checkpoints with absorbed decode
     (`modeling/latent_attention.py`), and attention through ours (`modeling/attention_backend.py`) on a CPU or where
     the config chose quantised layers; everything else through stock transformers, and "stock" takes that for all.
-    A model whose weights stay on the disk runs stock too. `int8_head` also quantises the output embedding
-    of an int8 model on our kernels (W8A16; a copy where it is tied): on a CPU it is a third or more of decoding.
-    `simulate` computes int8 attention as a GPU would where there is none, slowly, to measure it; by itself a CPU
-    runs exact attention in its place, and says so.
+    A model whose weights stay on the disk runs stock too, but for attention. `int8_head` also quantises the output
+    embedding of an int8 model on our kernels (W8A16; a copy where it is tied): on a CPU it is a third or more of
+    decoding.
+    `simulate` computes int8 attention as a GPU would where there is none, slowly and without gradients (call the
+    model under `torch.no_grad()`), to measure it; by itself a CPU runs exact attention in its place, and says so.
     A model that does not fit into the free memory of `device` runs with accelerate's offload: its weights stay
     on the disk, in the checkpoint itself. `offload` decides that by hand. Raises `Refusal` for a folder that
-    is not a checkpoint, a device that is not there, a quantisation library that is absent, or `int8_head` for
-    another model.
+    is not a checkpoint, a device that is not there, a quantisation library that is absent, `int8_head` for
+    another model, or `simulate` with stock transformers.
     """
+    if runtime not in ("auto", "stock") or (simulate and runtime == "stock"):
+        raise Refusal(f"runtime {runtime!r}: expected auto or stock, and auto with simulate")
     path = open_files(path).download()
     checkpoint = open_checkpoint(path)
     _check_config(path, checkpoint)
@@ -63,7 +66,7 @@ def load(
     kind = model_class(path, checkpoint.config)
     if runtime == "auto" and not offload and runs_on_kernels(checkpoint.config):
         model = _on_kernels(path, checkpoint, dtype=dtype, device=device, int8_head=int8_head)
-        _take_over(model, checkpoint, simulate)
+        _take_over(path, model, checkpoint, simulate)
         return Loaded(model, load_tokenizer(path))
     if int8_head:
         raise Refusal(f"{path}: int8_head: only int8 checkpoints that run on the bundled kernels take it")
@@ -72,7 +75,7 @@ def load(
     if dtype != "auto":
         _cast(model, dtype)
     if runtime == "auto":
-        _take_over(model, checkpoint, simulate)
+        _take_over(path, model, checkpoint, simulate)
     return Loaded(model, load_tokenizer(path))
 
 
@@ -90,33 +93,35 @@ def _stock(path: Path, kind: Any, dtype: str, places: dict[str, Any]) -> Any:
     return model
 
 
-def _take_over(model: Any, checkpoint: Checkpoint, simulate: bool) -> None:
-    """Run attention on our kernels; not with weights on the disk, where accelerate's hooks hold each forward."""
-    if hasattr(model, "_hf_hook"):
-        return
-    choose_attention(model, checkpoint.config, simulate=simulate)
-    if model.config.model_type == "deepseek_v3":
+def _take_over(path: Path, model: Any, checkpoint: Checkpoint, simulate: bool) -> None:
+    """Run attention on our kernels, and MLA absorbed: not with weights on the disk, where hooks hold each forward."""
+    choose_attention(path, model, checkpoint.config, simulate=simulate)
+    if model.config.model_type == "deepseek_v3" and not hasattr(model, "_hf_hook"):
         from reattend.modeling.latent_attention import run_absorbed  # imports the model's code
 
         run_absorbed(model)
 
 
-def choose_attention(model: Any, config: dict[str, Any], *, simulate: bool = False) -> None:
+def choose_attention(path: Path, model: Any, config: dict[str, Any], *, simulate: bool = False) -> None:
     """Switch a model that runs sdpa to our attention: where its config declares quantised layers, and on a CPU.
 
     On a GPU exact attention stays torch's, which is as fast. Raises `Refusal` for a declaration that nothing can run.
     """
-    declared = declared_kinds(config)
-    if declared is None and model.device.type != "cpu":
+    declared = declared_kinds(config, getattr(model.config, "num_hidden_layers", 0), f"{path}/config.json")
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    if declared is None and on_gpu:
         return
-    if not model._supports_attention_backend or model.config._attn_implementation != "sdpa":
+    now = model.config._attn_implementation
+    if not model._supports_attention_backend or now != "sdpa":
         if declared is not None:
-            raise Refusal(f"config.json: {KEY}: {type(model).__name__} takes no attention but its own")
+            raise Refusal(
+                f"{path}/config.json: {KEY} can't be honoured: {type(model).__name__} runs attention {now!r}"
+            )
         return
     from reattend.modeling.attention_backend import EXACT, INT8, SIMULATED, register_attention
 
     register_attention()
-    int8 = SIMULATED if simulate and model.device.type == "cpu" else INT8
+    int8 = SIMULATED if simulate and not on_gpu else INT8
     model.set_attn_implementation(EXACT if declared is None else int8)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from reattend.checkpoint.files import LocalFolder, open_files
 from reattend.checkpoint.index import INDEX, MANIFEST, RECIPE, fingerprint, open_checkpoint
 from reattend.checkpoint.staging import Staging
 from reattend.errors import DeadEndError, Failure, ReattendError, Refusal, first_line
+from reattend.families.source import source_of
 from reattend.modeling.loading import check_device
 from reattend.pipeline.calibrating import Calibration, earlier_texts, prepare
 from reattend.pipeline.planning import Plan, Stage, plan, settle
@@ -152,9 +153,13 @@ def _run_stages(run: _Run, staging: Staging) -> None:
 def _run_stage(run: _Run, stage: Stage, folder: Path, staging: Staging) -> None:
     first = stage is run.plan.stages[0]
     checkpoint = run.plan.checkpoint if first else open_checkpoint(folder)
+    # Planned was a config without what the steps before have learned since, such as a list of frequencies.
+    source = stage.source if first else source_of(checkpoint)
+    stage = replace(stage, source=source)
     statistics = run.calibration.statistics(stage, folder, staging)
     if stage.transform.undecided:
-        stage = settle(run.plan, stage.transform.findings(statistics)).stages[-1]
+        settled = settle(run.plan, stage.transform.findings(statistics)).stages[-1]
+        stage = replace(settled, source=source)
     stream(stage, checkpoint, statistics, staging, run.progress)
     for file in checkpoint.sidecars:
         staging.copy_file(Path(checkpoint.files.name) / file, file)

@@ -30,16 +30,16 @@ def inspect(model: str | os.PathLike[str]) -> dict[str, Any]:
         "parameters": source.parameters,
         "bytes": checkpoint.nbytes,
         "cache_bytes_per_token": cache_bytes(source),
-        "attention": _attention(source),
+        "attention": _attention(checkpoint.files.name, source),
         "dtypes": dict(Counter(spec.dtype for spec in specs.values())),
         "shards": {file: checkpoint.sizes[file] for file in checkpoint.digests},
         "steps": {name: _applies(name, source) for name in TRANSFORMS},
     }
 
 
-def _attention(source: Any) -> dict[str, int] | str:
+def _attention(folder: str, source: Any) -> dict[str, int] | str:
     """Return how many layers run which attention, where the config says it."""
-    kinds = declared_kinds({**source.config, "num_hidden_layers": source.num_layers})
+    kinds = declared_kinds(source.config, source.num_layers, f"{folder}/config.json")
     return "exact" if kinds is None else dict(Counter(kinds))
 
 

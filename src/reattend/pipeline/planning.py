@@ -12,6 +12,7 @@ from reattend.checkpoint.header import BITS, TensorSpec
 from reattend.checkpoint.index import RECIPE, Checkpoint, open_checkpoint
 from reattend.checkpoint.staging import Layout, lay_out
 from reattend.errors import Refusal
+from reattend.families.attention_kinds import check_kinds
 from reattend.families.source import Source, describe, source_of
 from reattend.modeling.int8_outliers import check_outliers
 from reattend.pipeline.memory import PROCESS_BYTES, calibration_bytes
@@ -178,6 +179,7 @@ def plan(recipe: str | os.PathLike[str] | Recipe, model: str | os.PathLike[str])
     checkpoint = open_checkpoint(model)
     source = source_of(checkpoint)
     check_outliers(checkpoint, source)
+    check_kinds(checkpoint.files.name, source)
     places = _places(checkpoint)
     stages: list[Stage] = []
     for number, step in enumerate(loaded.steps):

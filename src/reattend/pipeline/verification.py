@@ -11,6 +11,7 @@ from typing import Any
 from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import MANIFEST, Checkpoint, fingerprint, open_checkpoint, read_json
 from reattend.errors import Failure, Refusal
+from reattend.families.attention_kinds import check_kinds
 from reattend.families.source import source_of
 from reattend.modeling.int8_outliers import check_outliers
 from reattend.modeling.loading import load_tokenizer
@@ -33,7 +34,9 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
     `Refusal` where `out` is no output of reattend or `against` is not its source.
     """
     checkpoint = open_checkpoint(out)
-    check_outliers(checkpoint, source_of(checkpoint))
+    described = source_of(checkpoint)
+    check_outliers(checkpoint, described)
+    check_kinds(checkpoint.files.name, described)
     manifest = _manifest(checkpoint)
     folder = open_files(out).download()
     source = None if against is None else _source(manifest, against)
