@@ -76,8 +76,8 @@ def _route(query: Tensor, key: Tensor, value: Tensor, options: Options, backend:
 
 def _is_traced(query: Tensor) -> bool:
     """Whether something watches torch's calls, and would not see what a kernel does: compile, trace, fake tensors."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-    return bool(traced) or type(query) not in (Tensor, torch.nn.Parameter)
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return traced or type(query) not in (Tensor, torch.nn.Parameter)
 
 
 @functools.cache

@@ -51,7 +51,8 @@ def attention_ranges(
         if q_length not in (1, kv_length):  # sdpa's None would be causal from the top left: an empty static cache
             rest["allow_is_causal_skip"] = False
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
-        return sdpa_mask(**sizes, q_offset=q_offset, kv_offset=kv_offset, **rest)
+        made: Tensor | None = sdpa_mask(**sizes, q_offset=q_offset, kv_offset=kv_offset, **rest)
+        return made
     window = int(rest.get("local_size") or 0)
     window = window if window < kv_length else 0  # some key is further away, or none is
     padded = rest.get("attention_mask") is not None
@@ -86,7 +87,7 @@ def _takes_sdpa_masks(q_length: int, rest: dict[str, Any]) -> bool:
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _edges(batch: int, tokens: int, kv_offset: int, rest: dict[str, Any]) -> Tensor | None:
