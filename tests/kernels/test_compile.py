@@ -1,9 +1,11 @@
 """Every shipped Triton configuration compiles ahead of time, without a GPU: no stack, shared memory in bounds."""
 
+import itertools
 import re
 import subprocess
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -11,6 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from reattend.kernels.attention import kernel as attend
+from reattend.kernels.attention import kernel_backward, kernel_decode, kernel_tiles
 from reattend.kernels.int8_linear import kernel
 from reattend.kernels.mla_decode import kernel as mla
 
@@ -60,6 +64,84 @@ def mla_merge(dtype):
     return mla._merge_kernel, pointers, {"BLOCK_L": 512}, mla.Config(1, 1, 4, 2)
 
 
+# What attention kernels take that may be absent, and what takes the most registers.
+ATTENTION_KINDS = {"p_ranges": "*i32", "cap": "fp32", "window": "i32"}
+ATTENTION_KINDS |= dict.fromkeys(("p_slopes", "p_sinks", "p_gamma", "p_dlse"), "*fp32")
+ROOMY = ("p_ranges", "window", "p_sinks")
+BIASED = (*ROOMY, "cap", "p_slopes", "p_dlse")
+CLIPPED = ("p_ranges", "window", "cap", "p_slopes", "p_gamma", "p_dlse")
+
+
+def attention(function, config, dtype, widths, options=(), absent=()):
+    absent = {name for name in ATTENTION_KINDS if name not in options} | set(absent)
+    pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_out", "p_dout", "p_dq", "p_dk", "p_dv"), f"*{dtype}")
+    pointers |= dict.fromkeys(("p_lse", "p_delta", "p_part", "p_part_lse"), "*fp32") | ATTENTION_KINDS
+    pointers |= dict.fromkeys(("scale", "factor", "zeta"), "fp32")
+    width, wide = widths
+    parts, share = attend.value_parts(wide) if function is attend._forward_kernel else (1, wide)
+    tiles = (*kernel_tiles.chunks(width), *kernel_tiles.chunks(share))
+    constants = dict(zip(("D1", "D2", "V1", "V2"), tiles, strict=True)) | dict.fromkeys(absent)
+    constants |= {"CAUSAL": True, "D": width, "V": wide, "PARTS": parts}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_T": config.block_t}
+    return (
+        function, {name: kind for name, kind in pointers.items() if name not in absent},
+        {name: value for name, value in constants.items() if name in function.arg_names}, config,
+    )  # fmt: skip
+
+
+def attention_forward():
+    function = attend._forward_kernel
+    for config, dtype, widths, options in (
+        (attend._ROOMY, "bf16", (64, 64), ROOMY),
+        (attend._ROOMY, "fp16", (128, 128), ()),
+        (attend._ROOMY, "bf16", (128, 128), ROOMY),
+        (attend._TIGHT, "bf16", (72, 72), CLIPPED),
+        (attend._TIGHT, "fp16", (128, 128), BIASED),
+        (attend._WIDE, "bf16", (192, 128), ()),
+        (attend._WIDE, "bf16", (256, 256), CLIPPED),
+        (attend._FP32[0], "fp32", (64, 64), CLIPPED),
+        (attend._FP32[1], "fp32", (256, 256), BIASED),
+    ):
+        yield f"attention {config} {dtype} {widths} {options}", attention(function, config, dtype, widths, options)
+
+
+def attention_decode():
+    widest = {  # of widths that share a tile
+        (config, dtype): width
+        for width, configs in kernel_decode.CONFIGS.items()
+        for config, dtype in zip(configs, ("bf16", "fp16", "fp32"), strict=True)
+    }
+    for (config, dtype), width in widest.items():
+        yield f"decode {config}", attention(kernel_decode._part_kernel, config, dtype, (width, width), BIASED)
+    pointers = {"p_part": "*fp32", "p_part_lse": "*fp32", "p_out": "*bf16", "p_lse": "*fp32", "p_sinks": "*fp32"}
+    merge = kernel_decode.MERGE
+    yield "merge", (kernel_decode._merge_kernel, pointers, {"BLOCK_P": merge.block_m, "BLOCK_V": 256}, merge)
+
+
+def attention_backward():
+    """The widest of each tile; plain too where that leaves ptxas a choice."""
+    for width, dtype, options in (
+        (64, "bfloat16", CLIPPED), (128, "bfloat16", CLIPPED), (128, "bfloat16", ()), (256, "bfloat16", CLIPPED),
+        (128, "float32", BIASED), (256, "float32", ()),
+    ):  # fmt: skip
+        kind = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
+        of_queries, of_keys = kernel_backward.configs_for(width, getattr(torch, dtype))
+        name, widths = f"{width} {kind} {options}", (width, width)
+        if width > 64:
+            yield f"dq {name}", attention(kernel_backward._query_kernel, of_queries, kind, widths, options)
+        split = kernel_backward.is_split(width, getattr(torch, dtype))
+        for absent in (("p_dk",), ("p_dv",)) if split else ((),):
+            variant = attention(kernel_backward._key_kernel, of_keys, kind, widths, options, absent)
+            yield f"dk, dv {name} without {absent}", variant
+
+
+def attending(arch):
+    """Attention's tiles with the most and the least that they do, for this compute capability."""
+    variants = list(itertools.chain(attention_forward(), attention_decode(), attention_backward()))
+    # 8.6 and 8.9 have the same instructions and limits here, and ptxas gave both the same: each compiles half.
+    return {86: variants[::2], 89: variants[1::2]}.get(arch, variants)
+
+
 def shipped():
     """Every tile and dtype; the variant without mask or outliers, a part of the other, in one dtype only."""
     for dtype in FLOATS:
@@ -80,24 +162,29 @@ def shipped():
 
 def _aligned(name, kind):
     """Pointers and widths are multiples of 16 in practice, which is what lets loads be wide."""
-    return kind.startswith("*") or name in ("I", "O", "L", "R", "stride_cb", "stride_ct", "stride_kb", "stride_kt")
+    if re.fullmatch("stride_[cqkvo][bghst]", name):
+        return True
+    return kind.startswith("*") or name in ("I", "O", "L", "R")
 
 
 def compiled(variant, arch):
     function, pointers, constants, config = variant
     names = function.arg_names
     signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if _aligned(n, signature[n])}
+    varying = [(i, n) for i, n in enumerate(names) if signature[n] != "constexpr"]
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in varying if _aligned(n, signature[n])}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    options["maxnreg"] = getattr(config, "registers", None)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 @pytest.mark.parametrize("arch", SHARED)
-def test_no_stack_and_shared_memory_in_bounds(arch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("variants", [lambda arch: shipped(), attending], ids=["linears and mla", "attention"])
+def test_no_stack_and_shared_memory_in_bounds(arch, variants, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     dump = triton.knobs.nvidia.cuobjdump.path
-    for name, variant in shipped():
+    for name, variant in variants(arch):
         built = compiled(variant, arch)
         assert built.metadata.shared <= SHARED[arch], f"{name}: {built.metadata.shared} bytes shared"
         (tmp_path / "cubin").write_bytes(built.asm["cubin"])
@@ -105,3 +192,18 @@ def test_no_stack_and_shared_memory_in_bounds(arch, tmp_path, monkeypatch):
         stack = re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr)
         assert stack, usage.stdout
         assert set(stack) == {"0"}, f"{name}: {usage.stdout}"
+
+
+@pytest.mark.parametrize(
+    ("ones", "causal"), [("S P parts stride_qh stride_kt", True), ("T stride_qs stride_vt", False)]
+)
+def test_attention_compiles_where_sizes_are_one(ones, causal, tmp_path, monkeypatch):
+    """Triton makes a constant of an argument that is 1."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    config = attend.Config(16, 16, 4, 1)
+    for function in (
+        attend._forward_kernel, kernel_decode._part_kernel, kernel_backward._query_kernel, kernel_backward._key_kernel
+    ):  # fmt: skip
+        _, pointers, constants, _ = attention(function, config, "fp16", (16, 16), ROOMY if causal else ())
+        constants |= {name: 1 for name in ones.split() if name in function.arg_names} | {"CAUSAL": causal}
+        assert compiled((function, pointers, constants, config), 80).metadata.shared <= SHARED[80]

@@ -1,0 +1,144 @@
+"""The Triton route of attention: in the interpreter, and what it declines."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from reattend.kernels.attention import (
+    Options,
+    attention,
+    kernel,
+    kernel_backward,
+    kernel_decode,
+    kernel_tiles,
+    triton_route,
+)
+
+
+def test_triton_in_the_interpreter():
+    script = Path(__file__).with_name("attention_triton_cases.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    forward, backward, decode = (int(count) for count in run.stdout.split()[:6:2])
+    assert forward > 50, run.stdout
+    assert backward > 40, run.stdout
+    assert decode > 25, run.stdout
+
+
+def case(width=64, wide=64, dtype=torch.float16):
+    return [torch.zeros(1, 2, 3, size, dtype=dtype) for size in (width, width, wide)]
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """As if every tensor were on a GPU that will do."""
+    monkeypatch.setattr(triton_route, "_unable", lambda query: None)
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize(
+    ("tensors", "options", "words"),
+    [
+        (case(), Options(causal=False, mask=torch.ones(1, 1, 3, 3, dtype=torch.bool)), "no mask, only ranges"),
+        (case(dtype=torch.float64), Options(), r"torch.float64, not fp32, fp16 or bf16"),
+        (case(width=257), Options(), "257 and 64 numbers wide, not 1 to 256"),
+        (case(wide=264), Options(), "64 and 264 numbers wide"),
+        (case(wide=0), Options(), "64 and 0 numbers wide"),
+        (case(), Options(slopes=torch.ones(2, requires_grad=True)), "no gradient of slopes"),
+        (case(), Options(gamma=torch.zeros(2, requires_grad=True)), "no gradient of gamma"),
+        ([torch.zeros(1, 1, 1, 1).half().expand(65536, -1, -1, -1)] * 3, Options(), "more than 65535 sequences"),
+    ],
+    ids=str,
+)
+def test_what_it_declines(tensors, options, words):
+    with pytest.raises(RuntimeError, match=words):
+        attention(*tensors, options, backend="triton")
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_what_it_takes():
+    sinks = torch.ones(2, requires_grad=True)
+    fixed = torch.ones(2, requires_grad=True)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for widths in ((1, 1), (256, 256), (192, 128)):
+            assert triton_route.unfit(*case(*widths, dtype), Options(sinks=sinks, softcap=3.0, window=2)) is None
+    with torch.no_grad():
+        assert triton_route.unfit(*case(), Options(slopes=fixed)) is None
+        assert triton_route.unfit(*case(), Options(gamma=fixed, zeta=1.1)) is None
+
+
+def test_devices(monkeypatch):
+    assert triton_route.unfit(*case(), Options()) == "tensors are on cpu"
+    card = SimpleNamespace(is_cuda=True, device="cuda:1", dtype=torch.float16)
+    for capability, reason in (
+        ((7, 5), "the GPU's compute capability is below 8.0"),
+        ((8, 0), None),
+        ((12, 0), None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", {"cuda:1": capability}.get)
+        assert triton_route._unable(card) == reason
+
+
+def test_tiles_are_no_wider_than_they_must_be():
+    for width in range(1, 257):
+        tile = kernel_tiles.chunks(width)
+        assert set(tile) <= {0, 16, 32, 64, 128}
+        assert tile[0]
+        assert kernel_tiles.padded(width) == sum(tile) >= width
+        assert sum(tile) - width < max(16, sum(tile) / 3)
+        parts, share = kernel.value_parts(width)
+        assert parts == 1 + (width > 128)
+        assert share <= 128
+        # No part is without values.
+        assert (parts - 1) * share < width <= parts * share < width + 32
+
+
+@pytest.mark.parametrize(
+    ("width", "tile"),
+    [(64, (64, 0)), (40, (32, 16)), (72, (64, 16)), (96, (64, 32)), (128, (64, 64)), (192, (128, 64))],
+)
+def test_tiles_by_hand(width, tile):
+    assert kernel_tiles.chunks(width) == tile
+
+
+def test_which_tile_a_call_gets():
+    slopes = torch.zeros(2)
+
+    def chosen(options=Options(), **sizes):  # noqa: B008
+        query, _, value = case(**sizes)
+        return kernel.config_for(query, value, options)
+
+    assert chosen(width=64) == chosen(width=128, wide=256) == kernel._ROOMY
+    assert chosen(Options(sinks=slopes, window=3), width=128) == kernel._ROOMY
+    for options in (Options(softcap=1.0), Options(slopes=slopes), Options(zeta=1.1)):
+        assert chosen(options) == kernel._TIGHT
+    assert chosen(width=72) == chosen(wide=130) == kernel._TIGHT
+    assert chosen(width=192) == chosen(width=256, wide=256) == kernel._WIDE
+    assert [chosen(width=width, dtype=torch.float32) for width in (64, 65)] == list(kernel._FP32)
+    few, many, single = kernel_decode.CONFIGS[128]
+    assert [kernel_decode.config_for(rows, 96, torch.float16) for rows in (16, 17)] == [few, many]
+    assert kernel_decode.config_for(1, 128, torch.float32) == single
+    assert kernel_backward.configs_for(128, torch.bfloat16)[0] == kernel_backward.CONFIGS[128][0]
+    assert kernel_backward.configs_for(129, torch.float32)[1] == kernel_backward.CONFIGS[256][3]
+    assert [kernel_backward.is_split(width, torch.float16) for width in (64, 65, 128, 129)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_parts_of_keys():
+    config = kernel.Config(16, 64, 4, 3)
+    assert kernel_decode._parts(64, 1, config) == 1
+    assert kernel_decode._parts(65, 1, config) == 2
+    assert kernel_decode._parts(1 << 20, 8, config) == kernel_decode._PROGRAMS // 8
+    assert kernel_decode._parts(1 << 20, 10000, config) == 1
