@@ -68,6 +68,7 @@ def options_of(shape):
         "window": Options(window=9),
         "long window": Options(window=50, softcap=3.0, sinks=sinks),
         "slopes": Options(slopes=slopes, softcap=5.0),
+        "distance": Options(slopes=slopes, causal=False),
         "sinks": Options(sinks=sinks, causal=False),
         "clipped": Options(gamma=gamma, zeta=1.2, scale=1.0),
         "gamma": Options(gamma=gamma, slopes=slopes, window=30, softcap=8.0),
@@ -231,8 +232,8 @@ def small_gradient_tiles():
         ranged = replace(options, ranges=ranges)
         compare_gradients(tensors(shape, torch.float32), ranged, "small, ranges")
     for keys in range(40, 57):
-        for window in (None, 21):
-            inputs = tensors((1, 1, 1, 33, keys, 16, 16), torch.float32)
+        for window in (None, 31):
+            inputs = tensors((1, 1, 1, 40, keys, 16, 16), torch.float32)
             compare_gradients(inputs, Options(window=window), ("small", keys, window))
     kernel_backward.CONFIGS = kept
 
