@@ -68,7 +68,9 @@ def test_behind_exact_layers_the_states_are_the_sources(model, source, texts):
 def test_layers_that_know_of_each_others_errors_end_nearer_to_the_source(model, source, texts):
     geometry = read_geometry(source)
     few = {"calibration": texts["calibration"]}
-    moments = [read_moments(gather_moments(layer, geometry, 128)) for layer in layer_passes(model, source.family, few)]
+    moments = [
+        read_moments(gather_moments(layer, geometry, 128)) for layer in layer_passes(model, source.family, few)
+    ]
     pair_S, kept_YS = slots_of_all(moments, geometry, 4, None)
     how = Conversion(geometry, 8, True, Schedule(steps=16))
     far, prefix = {}, None
