@@ -37,7 +37,7 @@ class Config(NamedTuple):
 _ROOMY = Config(128, 64, 8, 3)
 _TIGHT = Config(128, 32, 8, 3)
 _WIDE = Config(128, 32, 8, 2)
-_FP32 = Config(64, 32, 8, 2), Config(64, 16, 8, 2)  # fp32 products run on the scalar units: registers bound the tile
+_FP32 = Config(32, 16, 8, 2, 255)  # fp32 products run on the scalar units: registers bound the tile
 _WIDEST = 128  # values that a program takes: two share a wider row, and both compute its scores
 
 
@@ -116,6 +116,7 @@ def _forward_kernel(
                     v = tiles.load_rows(p_tile, o_tile * stride_vt, o_t < end, V - column, V1, V2, MASKED, V_TAIL)
                     weight = (zeta - gamma) * tl.exp2(score) + gamma
                     acc = tiles.mix_rows(tl.minimum(tl.maximum(weight, 0.0), 1.0), v, acc, V2)
+        acc = tiles.scale_rows(acc, tl.where(lse == lse, 1.0, lse)[:, None], V2)  # the clip made 0 of NaN
     else:
         share = 1.0 / tl.where(total == 0, 1.0, total)
         if p_sinks is not None:
@@ -137,15 +138,13 @@ def value_parts(wide: int) -> tuple[int, int]:
 
 def config_for(query_BHSD: Tensor, value_BGTV: Tensor, options: Options) -> Config:
     """Return the tile for tensors and options like these."""
-    width, wide = query_BHSD.shape[3], value_BGTV.shape[3]
-    parts, share = value_parts(wide)
+    widths = {query_BHSD.shape[3], value_parts(value_BGTV.shape[3])[1]}
     if query_BHSD.dtype == torch.float32:
-        return _FP32[max(width, share) > 64]
-    if width > _WIDEST:
+        return _FP32
+    if max(widths) > _WIDEST:
         return _WIDE
-    tails = width < tiles.padded(width) or wide < parts * tiles.padded(share)
-    roomy = options.softcap is None and options.slopes is None and not options.is_clipped and not tails
-    return _ROOMY if roomy else _TIGHT
+    roomy = options.softcap is None and options.slopes is None and not options.is_clipped
+    return _ROOMY if roomy and widths <= {64, 128} else _TIGHT
 
 
 def forward(query_BHSD: Tensor, key_BGTD: Tensor, value_BGTV: Tensor, options: Options) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ _LOG2E = tl.constexpr(tiles.LOG2E)
 
 # Up to a width (the wider of D and V, in chunks): of queries' gradients in 16 bits and fp32, of keys' likewise.
 CONFIGS = {
-    128: (Config(128, 32, 8, 2), Config(32, 16, 8, 1, 168), Config(32, 128, 8, 2), Config(16, 32, 8, 1, 168)),
+    128: (Config(128, 32, 8, 2), Config(32, 16, 8, 1, 255), Config(32, 128, 8, 2), Config(16, 32, 8, 1, 168)),
     256: (Config(32, 64, 8, 1), Config(16, 16, 8, 1, 255), Config(32, 32, 8, 1), Config(16, 16, 8, 1, 168)),
 }
 

@@ -21,8 +21,8 @@ _QUERIES = 16  # of more, a tile of `kernel` is as good
 # Up to a width (the wider of D and V, in chunks): for at most 16 rows, for more, and for fp32.
 CONFIGS = {
     64: (Config(16, 64, 4, 3), Config(64, 64, 4, 2), Config(16, 32, 4, 2)),
-    128: (Config(16, 64, 4, 3), Config(64, 32, 4, 2), Config(16, 32, 4, 2)),
-    256: (Config(16, 32, 8, 3), Config(32, 32, 4, 3), Config(32, 16, 8, 2)),
+    128: (Config(16, 64, 4, 3), Config(64, 32, 4, 2, 255), Config(32, 16, 8, 2, 168)),
+    256: (Config(16, 32, 8, 3), Config(32, 32, 4, 3, 255), Config(32, 16, 8, 2, 168)),
 }
 MERGE = Config(16, 1, 4, 2)  # parts at a time
 

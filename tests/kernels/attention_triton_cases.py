@@ -123,7 +123,7 @@ def compare_padded(shape, options, kind="forward"):
 def small_tiles():
     """Many tiles: of every kind of row before, inside and behind what a mask hides."""
     kept = kernel._FP32
-    kernel._FP32 = (kernel.Config(16, 16, 4, 2),) * 2
+    kernel._FP32 = kernel.Config(16, 16, 4, 2)
     for options in options_of(BATCHED).values():
         compare_padded(BATCHED, options)
     for keys in range(40, 57):  # every place of the diagonal in a tile
@@ -258,6 +258,19 @@ def gradient_edges():
     close(leaves[1].grad.sum((1, 2)), inputs[0].double().sum((1, 2)), 1e-5, "lse alone")
 
 
+def poison():
+    """NaN in a query is NaN in its row alone, and in a key in the rows that see it; in a value in those at least."""
+    for queries, options in ((20, Options()), (20, Options(gamma=torch.full((2,), -0.1))), (3, Options())):
+        inputs = tensors((1, 2, 1, queries, 40, 16, 16), torch.float32)
+        second, last = torch.arange(queries) == 1, torch.arange(queries) == queries - 1
+        for number, place, rows in ((0, 1, second), (1, 39, last), (2, 39, last)):
+            spoilt = [tensor.clone() for tensor in inputs]
+            spoilt[number][0, 0, place, 5] = torch.nan
+            spoiled = attention(*spoilt, options, backend="triton")[0, 0].isnan().any(-1)
+            assert spoiled[rows].all(), (queries, number)
+            assert number == 2 or torch.equal(spoiled, rows), (queries, number)
+
+
 def routes():
     q, k, v = tensors((1, 2, 1, 17, 20, 16, 16), torch.float32)
     taken = []
@@ -276,7 +289,7 @@ def main():
     np.seterr(divide="ignore")  # log2 of the sum of a row without keys
     for run in (
         forward_cases, small_tiles, layouts, skipped_tiles, decode_cases, backward_cases, small_gradient_tiles,
-        gradient_edges, routes,
+        gradient_edges, poison, routes,
     ):  # fmt: skip
         run()
     print(*(f"{count} {name}" for name, count in counts.items()), "cases")

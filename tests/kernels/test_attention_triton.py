@@ -120,9 +120,9 @@ def test_which_tile_a_call_gets():
     assert chosen(Options(sinks=slopes, window=3), width=128) == kernel._ROOMY
     for options in (Options(softcap=1.0), Options(slopes=slopes), Options(zeta=1.1)):
         assert chosen(options) == kernel._TIGHT
-    assert chosen(width=72) == chosen(wide=130) == kernel._TIGHT
+    assert chosen(width=72) == chosen(wide=130) == chosen(width=96, wide=128) == kernel._TIGHT
     assert chosen(width=192) == chosen(width=256, wide=256) == kernel._WIDE
-    assert [chosen(width=width, dtype=torch.float32) for width in (64, 65)] == list(kernel._FP32)
+    assert chosen(width=64, dtype=torch.float32) == chosen(wide=256, dtype=torch.float32) == kernel._FP32
     few, many, single = kernel_decode.CONFIGS[128]
     assert [kernel_decode.config_for(rows, 96, torch.float16) for rows in (16, 17)] == [few, many]
     assert kernel_decode.config_for(1, 128, torch.float32) == single
