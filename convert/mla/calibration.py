@@ -23,6 +23,7 @@ from reattend.convert.mla.rotation import Components, rotate_heads
 from reattend.convert.mla.selection import RopePart, assign_slots, common_list, drop_cost, slot_gain
 from reattend.convert.mla.statistics import LayerMoments, MomentAccumulator, TokenMoments, mean_phase
 from reattend.errors import Failure
+from reattend.transform import Statistics, layers_of
 
 _PARTS = ("plain", "attended")
 # Enough for second moments: with 192 windows a third of the time went into them.
@@ -163,11 +164,10 @@ def _fitted(
     return (fitted, after) if after < error else (closed, error)
 
 
-def errors_per_layer(statistics: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[float]]:
+def errors_per_layer(statistics: Statistics) -> dict[str, list[float]]:
     """Return the errors that `convert` measured, by kind, for the layers in order."""
-    layers = sorted((name for name in statistics if name.isdigit()), key=int)
     errors: dict[str, list[float]] = {}
-    for name in layers:
+    for name in layers_of(statistics):
         for key, value in statistics[name].items():
             if key.startswith("error."):
                 errors.setdefault(key.removeprefix("error."), []).append(float(f"{float(value):.4g}"))

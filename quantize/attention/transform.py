@@ -20,7 +20,7 @@ from reattend.kernels.attention import Options, attention
 from reattend.kernels.attention_int8 import Quantization, attention_int8
 from reattend.quantize.attention.kinds import HOW
 from reattend.quantize.attention.similarity import similarity, worst
-from reattend.transform import Group, Passes, Statistics
+from reattend.transform import Group, Passes, Statistics, layers_of
 
 _WIDEST = 256  # head dim that the kernels take
 
@@ -87,8 +87,7 @@ class Int8Attention(BaseModel):
         return {kind: how for kind, how in HOW.items() if self.values == "auto" or kind == INT8_FP16}
 
     def _chosen(self, statistics: Statistics) -> list[str]:
-        layers = sorted((name for name in statistics if name.isdigit()), key=int)
-        return [self._kind(statistics[name]) for name in layers]
+        return [self._kind(statistics[name]) for name in layers_of(statistics)]
 
     def _kind(self, measured: Mapping[str, Tensor]) -> str:
         limits = {INT8_FP8: self.fp8_threshold, INT8_FP16: self.threshold}
@@ -129,8 +128,8 @@ class Int8Attention(BaseModel):
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
         """Return each layer's kind, and by kind its cosine and relative L1 distance in the worst window."""
-        layers = sorted((name for name in statistics if name.isdigit()), key=int)
-        table = {kind: torch.stack([statistics[name][kind] for name in layers]) for kind in self._kinds}
+        measured = [statistics[name] for name in layers_of(statistics)]
+        table = {kind: torch.stack([layer[kind] for layer in measured]) for kind in self._kinds}
         return {
             "kinds": self._chosen(statistics),
             "cosine_per_layer": {kind: _rounded(values[:, 0]) for kind, values in table.items()},

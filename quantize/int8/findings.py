@@ -7,12 +7,12 @@ from torch import Tensor
 
 from reattend.calibration.search import stored_perplexities
 from reattend.quantize.int8.keeping import ranked
-from reattend.transform import Statistics
+from reattend.transform import Statistics, layers_of
 
 
 def findings(statistics: Statistics) -> dict[str, Any]:
     """Return what there is of: W8A8 error of smoothed inputs, number of static columns, linears kept."""
-    layers = sorted((name for name in statistics if name.isdigit()), key=int)
+    layers = layers_of(statistics)
     found: dict[str, Any] = {}
     errors = [_errors(statistics[layer]) for layer in layers]
     for name in sorted({name for layer in errors for name in layer}):

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 Statistics = MutableMapping[str, "dict[str, Tensor]"]
 
 
+def layers_of(statistics: Statistics) -> list[str]:
+    """Return the names of the entries that are a layer's, which its number is, in order."""
+    return sorted((name for name in statistics if name.isdigit()), key=int)
+
+
 class Passes(Protocol):
     """A model and the tokens of the step's texts."""
 

@@ -125,7 +125,7 @@ def attend(
     if stock is not None:
         if options.sinks is not None or options.softcap is not None:
             raise ValueError(f"attention 'reattend': sinks and soft caps are not computed with {stock}")
-        _log_once(stock)
+        _log_once(f"sdpa, because of {stock}")
         seen = attention_mask if options.ranges is None else visible(options, key, query.shape[2])
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, seen, dropout, scaling, is_causal, **more
@@ -173,7 +173,7 @@ def _int8(
         return attend(module, *tensors, mask, **more)
     options = read_call(mask, scaling, is_causal_call(module, is_causal), rest)
     if options.softcap is not None or options.mask is not None:
-        _log_exact("soft caps and masks other than ranges of keys are computed by exact attention only")
+        _log_once("exact, because soft caps and masks other than ranges of keys are computed by exact attention only")
         return attend(module, *tensors, mask, **more)
     with _one_dtype(*tensors) as cast:
         return attention_int8(*cast, options, how, backend=backend).transpose(1, 2).contiguous(), None
@@ -210,10 +210,5 @@ def seen_by(mask: Tensor | None, key: Tensor, queries: int) -> Tensor | None:
 
 
 @functools.cache
-def _log_once(reason: str) -> None:
-    _LOG.warning("attention: sdpa, because of %s", reason)
-
-
-@functools.cache
-def _log_exact(reason: str) -> None:
-    _LOG.warning("attention: exact, because %s", reason)
+def _log_once(what: str) -> None:
+    _LOG.warning("attention: %s", what)
