@@ -27,7 +27,7 @@ def observed_attention(layer: nn.Module, observe: Observer) -> Iterator[None]:
     configs = (getattr(module, "config", None) for module in layer.modules())
     config: Any = next((found for found in configs if hasattr(found, "_attn_implementation")), None)
     before = getattr(config, "_attn_implementation", None)
-    if config is None or before not in ALL_ATTENTION_FUNCTIONS:
+    if config is None or before is None or before not in ALL_ATTENTION_FUNCTIONS:
         raise Refusal(f"attention {before!r} of this model can't be watched; it needs one that takes sdpa")
     stock = ALL_ATTENTION_FUNCTIONS[before]
 
@@ -36,6 +36,8 @@ def observed_attention(layer: nn.Module, observe: Observer) -> Iterator[None]:
         scaling, causal = rest.pop("scaling", None), is_causal_call(module, rest.pop("is_causal", None))
         rest.pop("dropout", None)
         window = rest.get("sliding_window")
+        if rest.get("gamma") is not None and not before.startswith("reattend"):
+            raise Refusal(f"attention {before!r} does not clip softmax, as this model asks for")
         observe(query, key, value, _by_positions(read_call(mask, scaling, causal, rest), window, key, query.shape[2]))
         return stock(module, query, key, value, mask, **more)
 
