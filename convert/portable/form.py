@@ -87,6 +87,8 @@ def _architecture(source: Source) -> str:
 
 def _llama_keys(source: Source) -> dict[str, Any]:
     """Return what a portable config says of a member of the Llama family."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     stock = _stock_config(source)
     types = getattr(stock, "layer_types", None)
     window = getattr(stock, "sliding_window", None)
@@ -95,6 +97,8 @@ def _llama_keys(source: Source) -> dict[str, Any]:
     if not isinstance(types, list) or len(types) != stock.num_hidden_layers or not set(types) <= set(_LAYER_TYPES):
         raise Refusal(f"config.json: layer_types: expected {' or '.join(_LAYER_TYPES)} for each layer")
     rope = stock.rope_parameters
+    if rope.get("rope_type") not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise Refusal(f"config.json: rope_parameters: rope_type {rope.get('rope_type')!r} is unknown to transformers")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise Refusal("config.json: rope_parameters: the portable model rotates heads whole")
     name = source.family.model_type
