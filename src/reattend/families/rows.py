@@ -28,7 +28,11 @@ class Feed:
 
 @dataclass(frozen=True)
 class Family:
-    """One row. `linears` maps a module name inside a layer to its (out, in) dimension symbols."""
+    """One row. `linears` maps a module name inside a layer to its (out, in) dimension symbols.
+
+    `attention_output` and `feed_forward_output` are those whose outputs the residual stream takes up; a family with
+    experts has no linear of the latter name.
+    """
 
     model_type: str
     prefix: str
@@ -40,6 +44,8 @@ class Family:
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     feeds: tuple[Feed, ...] = ()
+    attention_output: str = "self_attn.o_proj"
+    feed_forward_output: str = "mlp.down_proj"
 
 
 _LLAMA_KEYS = {
@@ -153,6 +159,7 @@ FAMILIES = {
                 Feed("self_attn.v_proj", ("self_attn.out_proj",)),
                 Feed("fc1", ("fc2",)),  # through a ReLU, which passes positive factors
             ),
+            attention_output="self_attn.out_proj", feed_forward_output="fc2",
         ),
         Family(
             "gpt2", "transformer.", "h", "wte",
@@ -167,6 +174,7 @@ FAMILIES = {
                 "vocab": "vocab_size",
             },
             defaults={"tie_word_embeddings": True},
+            attention_output="attn.c_proj", feed_forward_output="mlp.c_proj",
         ),
         Family(
             "bert", "bert.", "encoder.layer", "embeddings.word_embeddings",
@@ -176,6 +184,7 @@ FAMILIES = {
             },
             frozenset({"encoder", "qkv_bias", "learned_positions"}),
             head="cls.predictions.decoder", keys=_LLAMA_KEYS, defaults={"tie_word_embeddings": True},
+            attention_output="attention.output.dense", feed_forward_output="output.dense",
         ),
     )
 }  # fmt: skip
