@@ -236,7 +236,7 @@ def test_weights_on_the_disk_are_refused():
     assert not any(nn.utils.parametrize.is_parametrized(module) for module in model.modules())
 
 
-def test_a_simulation_that_breaks_down_is_a_failure_that_says_so(tmp_path, monkeypatch):
+def test_a_simulation_that_breaks_down_is_a_failure_that_says_so(monkeypatch):
     monkeypatch.setattr("reattend.evaluation.w8a8_simulation.rounded_weight", lambda weight: weight * torch.nan)
     with pytest.raises(Failure, match="in static W8A8: its logits hold NaN"):
         evaluated(windows=1)
