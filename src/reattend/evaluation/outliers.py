@@ -1,6 +1,6 @@
 """Outliers of a running model: which modules put out large numbers, and how much attention the first key gets."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +102,7 @@ def _measured_modules(model: Any, family: Family) -> Iterator[nn.Module]:
             yield module
 
 
-def _sink_report(sinks: list[list[SinkSums]]) -> Mapping[str, list[float]]:
+def _sink_report(sinks: list[list[SinkSums]]) -> dict[str, Any]:
     found: dict[str, list[float]] = {"sink_mass": [], "sink_mass_max_head": [], "first_token_share": []}
     for index, windows in enumerate(sinks):
         queries = sum(window.queries for window in windows)

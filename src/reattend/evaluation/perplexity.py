@@ -75,10 +75,8 @@ def evaluate(  # noqa: PLR0913 (what the command takes)
     if against is not None:
         _check_tokenizers(tokenizer, load_tokenizer(folders[1]), cut)
     # What an output does on its own hardware is to be measured, also here: so int8 attention is simulated.
-    subjects = [
-        Subject(str(path), load(folder, dtype=dtype, device=device, simulate=True).model, source.family)
-        for path, folder, source in zip(named, folders, sources, strict=True)
-    ]
+    models = [load(folder, dtype=dtype, device=device, simulate=True).model for folder in folders]
+    subjects = [Subject(str(p), m, s.family) for p, m, s in zip(named, models, sources, strict=True)]
     rows, meters = _measured(subjects, cut, outliers, progress)
     report = {"model": str(model), "text": str(text), **_summary(subjects, rows, cut, window)}
     report["dtype"] = str(subjects[0].model.dtype).removeprefix("torch.")
