@@ -127,7 +127,7 @@ def test_a_planted_outlier_is_found_where_it_is(models, layer):
     assert report["attention_output_kurtosis"][layer] == pytest.approx((31**3 + 1) / (32 * 31), rel=1e-6)
     assert before["attention_output_max_inf_norm"][layer] < 1
     assert report["max_inf_norm"] == pytest.approx(123, abs=1)
-    assert report["max_inf_norm_module"] == f"model.decoder.layers.{layer}" or layer == 0
+    assert report["max_inf_norm_module"] in [f"model.decoder.layers.{behind}" for behind in range(layer, 2)]
     assert report["layer_output_max_inf_norm"][layer] == pytest.approx(123, abs=1)
     if layer == 1:
         assert report["layer_output_max_inf_norm"][0] == before["layer_output_max_inf_norm"][0]

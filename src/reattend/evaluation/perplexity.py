@@ -118,7 +118,7 @@ def _calibration(
 def _tokenizer(model: Path, folder: Path) -> Any:
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
-        raise Refusal(f"{model}: has no tokenizer, and perplexity needs one")
+        raise Refusal(f"{model}: has no tokenizer, and measuring on a text needs one")
     return tokenizer
 
 
