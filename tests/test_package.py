@@ -33,7 +33,7 @@ ALLOWED = {
     "texts": {"errors"},
     "modeling": {"checkpoint", "errors", "families", "kernels", "quantize"},
     "calibration": {"errors", "families", "kernels", "texts"},
-    "evaluation": {"checkpoint", "errors", "families", "modeling", "progress", "texts"},
+    "evaluation": {"calibration", "checkpoint", "errors", "families", "kernels", "modeling", "progress", "texts"},
     "kernels": set(),
     "convert": {"calibration", "checkpoint", "convert", "errors", "families", "kernels", "transform"},
     "quantize": {"calibration", "checkpoint", "errors", "families", "kernels", "quantize", "transform"},

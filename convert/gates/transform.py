@@ -85,7 +85,7 @@ class Gates(PortableStep):
 
 
 def _output(source: Source, layer: int) -> str:
-    return f"{source.layer_prefix(layer)}{source.family.output}.weight"
+    return f"{source.layer_prefix(layer)}{source.family.attention_output}.weight"
 
 
 def _numel(shape: tuple[int, ...]) -> int:

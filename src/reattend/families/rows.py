@@ -30,7 +30,8 @@ class Feed:
 class Family:
     """One row. `linears` maps a module name inside a layer to its (out, in) dimension symbols.
 
-    `attention` is the module that computes attention, `output` the projection of what its heads found.
+    `attention` is the module that computes attention; `attention_output` and `feed_forward_output` are the linears
+    whose outputs the residual stream takes up; a family with experts has none of the latter name.
     """
 
     model_type: str
@@ -44,7 +45,8 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     feeds: tuple[Feed, ...] = ()
     attention: str = "self_attn"
-    output: str = "self_attn.o_proj"
+    attention_output: str = "self_attn.o_proj"
+    feed_forward_output: str = "mlp.down_proj"
 
 
 _LLAMA_KEYS = {
@@ -158,7 +160,7 @@ _STOCK = {
                 Feed("self_attn.v_proj", ("self_attn.out_proj",)),
                 Feed("fc1", ("fc2",)),  # through a ReLU, which passes positive factors
             ),
-            output="self_attn.out_proj",
+            attention_output="self_attn.out_proj", feed_forward_output="fc2",
         ),
         Family(
             "gpt2", "transformer.", "h", "wte",
@@ -172,7 +174,8 @@ _STOCK = {
                 "hidden": "n_embd", "layers": "n_layer", "heads": "n_head", "ffn": "n_inner",
                 "vocab": "vocab_size",
             },
-            defaults={"tie_word_embeddings": True}, attention="attn", output="attn.c_proj",
+            defaults={"tie_word_embeddings": True},
+            attention="attn", attention_output="attn.c_proj", feed_forward_output="mlp.c_proj",
         ),
         Family(
             "bert", "bert.", "encoder.layer", "embeddings.word_embeddings",
@@ -182,7 +185,8 @@ _STOCK = {
             },
             frozenset({"encoder", "qkv_bias", "learned_positions"}),
             head="cls.predictions.decoder", keys=_LLAMA_KEYS, defaults={"tie_word_embeddings": True},
-            attention="attention.self", output="attention.output.dense",
+            attention="attention.self",
+            attention_output="attention.output.dense", feed_forward_output="output.dense",
         ),
     )
 }  # fmt: skip
