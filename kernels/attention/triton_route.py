@@ -3,7 +3,6 @@
 Source of both directions: FlashAttention-2 (Dao, arXiv 2307.08691).
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from reattend.kernels import launching
 from reattend.kernels.attention import kernel, kernel_backward, kernel_decode
 from reattend.kernels.attention.options import Options
 
@@ -60,17 +60,12 @@ def attention(
     """See `attention` and `attention_with_lse` of the package. The output lies as (B, S, H, V)."""
     sinks = options.sinks
     given = (query, key, value) if sinks is None else (query, key, value, sinks)
-    with _device_of(query):
+    with launching.on_device_of(query):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
             output, sums = _Attention.apply(query, key, value, sinks, options)  # type: ignore[no-untyped-call]
         else:
             output, sums = _forward(_readable(query, key, value), options)
     return output, sums if lse else None
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton starts kernels on the current GPU, which need not be the tensors'."""
-    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _readable(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -104,7 +99,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, output, lse, sinks, ranges, slopes, gamma = ctx.saved_tensors
         d_output, d_lse = gradients
         options = replace(ctx.options, ranges=ranges, slopes=slopes, gamma=gamma)
-        with _device_of(query):
+        with launching.on_device_of(query):
             if d_output is None:
                 d_output = torch.zeros_like(output)
             d_query, d_key, d_value, delta = kernel_backward.backward(

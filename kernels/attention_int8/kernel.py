@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reattend.kernels import launching
 from reattend.kernels.attention import Options
 from reattend.kernels.attention.kernel_tiles import keys_of, tile_start, tiles_of
 from reattend.kernels.attention_int8 import kernel_quantize as quantize
@@ -198,8 +199,7 @@ def attention(
     query_BHSD: Tensor, key_BGTD: Tensor, value_BGTV: Tensor, options: Options, how: Quantization
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, S, V), which lies as (B, S, H, V), and the log-sum-exp (B, H, S) in fp32; no sinks."""
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(query_BHSD):  # type: ignore[no-untyped-call]
+    with launching.on_device_of(query_BHSD):
         return _attention(_dense(query_BHSD), _dense(key_BGTD), _dense(value_BGTV), options, how)
 
 

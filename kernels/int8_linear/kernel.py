@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reattend.kernels import launching
 from reattend.kernels.int8_linear.reference import CODE_MAX, ZERO_ROW, Outliers
 
 # Adding and subtracting 1.5 * 2^23 rounds an fp32 of magnitude below 2^22 half to even.
@@ -245,6 +246,7 @@ def int8_linear(
     """Both forms of the linear (M, O)."""
     if not len(x_MI) or not len(codes_OI):
         return x_MI.new_empty(len(x_MI), len(codes_OI))
-    if quantize:
-        return w8a8(x_MI, codes_OI, scale_O, bias_O, outliers)
-    return w8a16(x_MI, codes_OI, scale_O, bias_O)
+    with launching.on_device_of(x_MI):
+        if quantize:
+            return w8a8(x_MI, codes_OI, scale_O, bias_O, outliers)
+        return w8a16(x_MI, codes_OI, scale_O, bias_O)

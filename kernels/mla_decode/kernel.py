@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reattend.kernels import launching
+
 _LOG2E = math.log2(math.e)
 _HIDDEN = tl.constexpr(-1e30)  # finite: a row that sees nothing gives a mean, as on the other routes
 _PROGRAMS = 256  # that a launch is split into at least, where tokens suffice: about two for each unit of a large GPU
@@ -124,12 +126,13 @@ def mla_decode(
     lse, out = part.new_empty(batch, parts, rows), torch.empty_like(q)
     seen = None if mask is None else mask.expand(batch, 1, queries, tokens)[:, 0].view(torch.int8)
     block_l = max(16, triton.next_power_of_2(rank))
-    _part_kernel[(blocks, parts, batch)](
-        q, qr, latent_BTL, rope_BTR, q if seen is None else seen, part, lse, rows, queries, tokens, rank, rope,
-        scale * _LOG2E, per_part, *latent_BTL.stride()[:2], *rope_BTR.stride()[:2],
-        *((0, 0, 0) if seen is None else seen.stride()), seen is not None, config.block_m, config.block_t, block_l,
-        max(16, triton.next_power_of_2(rope)), enable_fp_fusion=True,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    _merge_kernel[(rows, batch)](part, lse, out, rows, rank, parts, block_l, enable_fp_fusion=True, num_warps=4)
+    with launching.on_device_of(q):
+        _part_kernel[(blocks, parts, batch)](
+            q, qr, latent_BTL, rope_BTR, q if seen is None else seen, part, lse, rows, queries, tokens, rank, rope,
+            scale * _LOG2E, per_part, *latent_BTL.stride()[:2], *rope_BTR.stride()[:2],
+            *((0, 0, 0) if seen is None else seen.stride()), seen is not None, config.block_m, config.block_t,
+            block_l, max(16, triton.next_power_of_2(rope)), enable_fp_fusion=True,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        _merge_kernel[(rows, batch)](part, lse, out, rows, rank, parts, block_l, enable_fp_fusion=True, num_warps=4)
     return out
