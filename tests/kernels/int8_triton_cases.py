@@ -34,8 +34,7 @@ def case(rows, inputs, outputs, columns, bias, dtype):
 
 def close(got, want, dtype, what):
     error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
-    # fp16: the last rounding. fp32: a code may differ by one where 127 / absmax rounds differently.
-    limit = {torch.float16: 1e-3, torch.float32: 3e-4}[dtype]
+    limit = {torch.float16: 1e-3, torch.float32: 1e-6}[dtype]  # roundings of the output, as codes are the same
     assert error < limit, f"{what}: {error:.2e}"
 
 
@@ -68,9 +67,8 @@ def rows_of_codes():
     x[6] = 1e-35
     codes, scale = kernel.quantize_rows(x, torch.tensor([2, 76]))
     want_codes, want_scale = reference.quantize_rows(x, torch.tensor([2, 76]))
-    torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0)
-    assert (codes.int() - want_codes.int()).abs().max() <= 1
-    assert (codes != want_codes).float().mean() < 1e-3
+    assert torch.equal(scale, want_scale)
+    assert torch.equal(codes, want_codes)
 
 
 def poisoned_rows():

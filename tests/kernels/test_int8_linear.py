@@ -160,6 +160,16 @@ def test_quantised_rows_by_hand():
     assert scale.tolist() == [1.0, 0.0]
 
 
+def test_scales_and_their_inverses_are_rounded_once():
+    """At ties, where an ulp of the inverse is another code."""
+    absmax = torch.rand(20000, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+    x = torch.cat([absmax, (torch.arange(126) + 0.5) * absmax / 127], 1)
+    codes, scale = reference.quantize_rows(x)
+    inverse = (127 / absmax.double()).float()
+    assert torch.equal(codes, (x * inverse).round().to(torch.int8))
+    assert torch.equal(scale, (absmax[:, 0].double() / 127).float())
+
+
 def test_planted_outliers():
     # Three channels scaled x20: one code step of a row grows with its largest number.
     generator = torch.Generator().manual_seed(0)
