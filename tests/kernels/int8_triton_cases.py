@@ -57,6 +57,7 @@ def main():
         close(got, want, dtype, ("dynamic", rows, inputs, outputs))
         count += 2
     rows_of_codes()
+    strided()
     poisoned_rows()
     print(f"{count} cases")
 
@@ -69,6 +70,17 @@ def rows_of_codes():
     want_codes, want_scale = reference.quantize_rows(x, torch.tensor([2, 76]))
     assert torch.equal(scale, want_scale)
     assert torch.equal(codes, want_codes)
+
+
+def strided():
+    """Bias, columns and outlier weights as slices of something larger leave them."""
+    x, codes, scale, bias, _ = case(7, 48, 12, [], True, torch.float32)
+    bias, weight = bias.repeat_interleave(2)[::2], torch.randn(3, 12).T
+    outliers = Outliers(torch.tensor([2, -1, 9, -1, 40])[::2], weight)
+    got = int8_linear(x, codes, scale, bias, outliers=outliers, backend="triton")
+    close(got, reference.w8a8(x, codes, scale, bias, outliers), torch.float32, "strided")
+    got = int8_linear(x, codes, scale, bias, activations="none", backend="triton")
+    close(got, reference.w8a16(x, codes, scale, bias), torch.float32, "strided, w8a16")
 
 
 def poisoned_rows():
