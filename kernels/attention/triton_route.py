@@ -17,7 +17,6 @@ from reattend.kernels.attention.options import Options
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 256
-_GRID = 65535  # programs that CUDA starts along any but the first axis
 _OLDEST = 8, 0  # compute capability
 
 
@@ -29,8 +28,8 @@ def unfit(query: Tensor, key: Tensor, value: Tensor, options: Options) -> str | 
         return f"tensors are {query.dtype}, not fp32, fp16 or bf16"
     if not 0 < value.shape[3] <= _WIDEST or query.shape[3] > _WIDEST:
         return f"heads are {query.shape[3]} and {value.shape[3]} numbers wide, not 1 to {_WIDEST}"
-    if max(query.shape[:2]) > _GRID:
-        return f"there are more than {_GRID} sequences or heads"
+    if max(query.shape[:2]) > launching.MOST_PROGRAMS:
+        return f"there are more than {launching.MOST_PROGRAMS} sequences or heads"
     return _unable(query) or _unknown_gradient(options)
 
 
@@ -40,6 +39,8 @@ def _unable(query: Tensor) -> str | None:
         return "Triton's interpreter can't multiply bf16" if query.dtype == torch.bfloat16 else None
     if not query.is_cuda:
         return f"tensors are on {query.device}"
+    if torch.version.hip is not None:
+        return "its tiles are made for NVIDIA GPUs"
     if torch.cuda.get_device_capability(query.device) < _OLDEST:
         return f"the GPU's compute capability is below {_OLDEST[0]}.{_OLDEST[1]}"
     return None
@@ -69,7 +70,7 @@ def attention(
 
 
 def _readable(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in tensors)
+    return tuple(launching.readable(tensor) for tensor in tensors)
 
 
 def _forward(tensors: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Tensor]:

@@ -182,6 +182,8 @@ def unfit(query: Tensor, key: Tensor, value: Tensor, how: Quantization) -> str |
         return "4 bits and smooth_q are simulated, by the reference alone"
     if max(query.shape[3], value.shape[3]) > _WIDEST:
         return f"heads are wider than {_WIDEST}"
+    if max(query.shape[:2]) > launching.MOST_PROGRAMS:
+        return f"there are more than {launching.MOST_PROGRAMS} sequences or heads"
     if not query.is_cuda:
         if not triton.knobs.runtime.interpret:
             return f"tensors are on {query.device.type}"
@@ -200,11 +202,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, S, V), which lies as (B, S, H, V), and the log-sum-exp (B, H, S) in fp32; no sinks."""
     with launching.on_device_of(query_BHSD):
-        return _attention(_dense(query_BHSD), _dense(key_BGTD), _dense(value_BGTV), options, how)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
+        query, key, value = map(launching.readable, (query_BHSD, key_BGTD, value_BGTV))
+        return _attention(query, key, value, options, how)
 
 
 def _attention(
