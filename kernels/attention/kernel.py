@@ -98,6 +98,7 @@ def _forward_kernel(
     lse = top + tl.log2(total)
     if p_gamma is not None:
         gamma = tl.load(p_gamma + i_h)
+        gamma = tl.where(gamma > 0, float("nan"), gamma)  # tiles that add something would be skipped
         # A key's weight is 0 up to this score, and a tile without a higher one adds nothing.
         least = tl.log2(-gamma / (zeta - gamma))
         base = tl.where(lse == float("-inf"), 0.0, lse)
@@ -116,7 +117,8 @@ def _forward_kernel(
                     v = tiles.load_rows(p_tile, o_tile * stride_vt, o_t < end, V - column, V1, V2, MASKED, V_TAIL)
                     weight = (zeta - gamma) * tl.exp2(score) + gamma
                     acc = tiles.mix_rows(tl.minimum(tl.maximum(weight, 0.0), 1.0), v, acc, V2)
-        acc = tiles.scale_rows(acc, tl.where(lse == lse, 1.0, lse)[:, None], V2)  # the clip made 0 of NaN
+        poison = lse + gamma  # the clip made 0 of NaN
+        acc = tiles.scale_rows(acc, tl.where(poison == poison, 1.0, poison)[:, None], V2)
     else:
         share = 1.0 / tl.where(total == 0, 1.0, total)
         if p_sinks is not None:

@@ -10,15 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reattend.kernels import launching
 from reattend.kernels.attention import kernel_tiles as tiles
 from reattend.kernels.attention.kernel import Config
 from reattend.kernels.attention.options import Options
 
 _LOG2E = tl.constexpr(tiles.LOG2E)
 
+_QUERIES, _QUERIES_FP32 = Config(128, 32, 8, 2), Config(32, 16, 8, 1, 255)
+_KEYS, _KEYS_FP32 = Config(32, 128, 8, 2), Config(16, 32, 8, 1, 168)
 # Up to a width (the wider of D and V, in chunks): of queries' gradients in 16 bits and fp32, of keys' likewise.
 CONFIGS = {
-    128: (Config(128, 32, 8, 2), Config(32, 16, 8, 1, 255), Config(32, 128, 8, 2), Config(16, 32, 8, 1, 168)),
+    32: (Config(64, 32, 4, 2), _QUERIES_FP32, _KEYS, _KEYS_FP32),
+    128: (_QUERIES, _QUERIES_FP32, _KEYS, _KEYS_FP32),
     256: (Config(32, 64, 8, 1), Config(16, 16, 8, 1, 255), Config(32, 32, 8, 1), Config(16, 16, 8, 1, 168)),
 }
 
@@ -192,11 +196,17 @@ def _key_kernel(
         tiles.store_rows(p_dv + row * V, o_tile * V, o_t < T, dv, V, V1, V2)
 
 
-def configs_for(width: int, dtype: torch.dtype) -> tuple[Config, Config]:
-    """Return the tiles of queries' and of keys' gradients, for tiles of this width."""
+def configs_for(width: int, dtype: torch.dtype, has_tail: bool) -> tuple[Config, Config, Config]:
+    """Return the tiles of queries', keys' and values' gradients, for tiles of this width; `has_tail`: wider than V.
+
+    Keys and values have one tile where they are computed together.
+    """
     configs = next(four for limit, four in CONFIGS.items() if width <= limit)
     single = dtype == torch.float32
-    return configs[single], configs[2 + single]
+    of_queries, of_keys = configs[single], configs[2 + single]
+    if has_tail and is_split(width, dtype):
+        return of_queries, of_keys, of_keys._replace(num_stages=1)  # with two, masks of columns end on the stack
+    return of_queries, of_keys, of_keys
 
 
 def is_split(width: int, dtype: torch.dtype) -> bool:
@@ -215,7 +225,7 @@ def backward(
     """
     (query, key, value), (output, lse), (d_output, d_lse) = inputs, outputs, gradients
     (batch, heads, queries, width), (groups, tokens, wide) = query.shape, value.shape[1:]
-    d_output = d_output if d_output.stride(-1) == 1 else d_output.contiguous()
+    d_output = launching.readable(d_output)
     d_lse = None if d_lse is None else d_lse.contiguous()
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in inputs)
     delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
@@ -227,14 +237,17 @@ def backward(
         options.causal, width, *tiles.chunks(width), wide, *tiles.chunks(wide),
     )  # fmt: skip
     padded = max(tiles.padded(width), tiles.padded(wide))
-    of_queries, of_keys = configs_for(padded, query.dtype)
+    of_queries, of_keys, of_values = configs_for(padded, query.dtype, tiles.padded(wide) > wide)
     _query_kernel[(triton.cdiv(queries, of_queries.block_m), heads, batch)](
         query, key, value, output, d_output, lse, d_lse, delta, dq, *common, of_queries.block_m, of_queries.block_t,
         **of_queries.launch(),
     )  # fmt: skip
-    for targets in ((dk, None), (None, dv)) if is_split(padded, query.dtype) else ((dk, dv),):
-        _key_kernel[(triton.cdiv(tokens, of_keys.block_t), groups, batch)](
-            query, key, value, d_output, lse, delta, *targets, *common, of_keys.block_m, of_keys.block_t,
-            **of_keys.launch(),
+    parts = (
+        (((dk, None), of_keys), ((None, dv), of_values)) if is_split(padded, query.dtype) else (((dk, dv), of_keys),)
+    )
+    for targets, config in parts:
+        _key_kernel[(triton.cdiv(tokens, config.block_t), groups, batch)](
+            query, key, value, d_output, lse, delta, *targets, *common, config.block_m, config.block_t,
+            **config.launch(),
         )  # fmt: skip
     return dq, dk, dv, delta

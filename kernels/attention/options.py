@@ -22,7 +22,8 @@ class Options:
         slopes   (H,) ALiBi: a score falls by slope x distance in positions (Press et al., arXiv 2108.12409)
         sinks    (H,) a score without a key or value, in every row's softmax
         gamma    (H,) clipped softmax (Bondarenko et al., arXiv 2306.12929): weights become
-        zeta     clip((zeta - gamma) weight + gamma, 0, 1); gamma <= 0, zeta >= 1; without `sinks`
+        zeta     clip((zeta - gamma) weight + gamma, 0, 1); gamma <= 0, zeta >= 1; without `sinks`. A gamma above 0
+                 is refused on a CPU, and makes NaN of its head's output on a GPU, where asking would wait for it
 
     A query that sees no key puts out 0, and its log-sum-exp is -inf (its sink's score with `sinks`).
     """
@@ -96,15 +97,25 @@ def _check_options(options: Options, shape: tuple[int, int, int, int], device: t
         tensor = getattr(options, name)
         if tensor is not None and tensor.shape != (heads,):
             raise ValueError(f"attention: {name} {tuple(tensor.shape)} is not ({heads},)")
-    if options.is_clipped and options.sinks is not None:
-        raise ValueError("attention: clipped softmax with sinks is not defined")
-    if options.zeta < 1:
-        raise ValueError(f"attention: zeta {options.zeta} is less than 1")
+    _check_clip(options)
     _check_mask(options.mask, shape)
     for name in ("ranges", "mask", "slopes", "sinks", "gamma"):
         tensor = getattr(options, name)
         if tensor is not None and tensor.device != device:
             raise ValueError(f"attention: {name} is on {tensor.device}, the query on {device}")
+
+
+def _check_clip(options: Options) -> None:
+    gamma = options.gamma
+    if options.is_clipped and options.sinks is not None:
+        raise ValueError("attention: clipped softmax with sinks is not defined")
+    if not options.zeta >= 1:
+        raise ValueError(f"attention: zeta {options.zeta} is less than 1")
+    # Keys that aren't seen would get weight. Asking a GPU would wait for it: there, outputs are NaN instead.
+    if gamma is None or gamma.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if (gamma > 0).any():
+        raise ValueError(f"attention: gamma is up to {float(gamma.max())}, and must not be positive")
 
 
 def _check_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> None:

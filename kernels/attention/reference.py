@@ -64,10 +64,12 @@ def visible(options: Options, key_BGTD: Tensor, queries: int) -> Tensor:
 
 
 def _clipped(weight_BHST: Tensor, options: Options) -> Tensor:
-    """Stretch and clip weights: zeros stay zeros, also those of keys that are not seen, as gamma <= 0."""
+    """Stretch and clip weights: zeros stay zeros, also those of keys that are not seen, as gamma <= 0; else NaN."""
     if not options.is_clipped:
         return weight_BHST
-    gamma = 0.0 if options.gamma is None else options.gamma.to(weight_BHST.dtype)[:, None, None]
+    gamma: Tensor | float = 0.0
+    if options.gamma is not None:
+        gamma = torch.where(options.gamma > 0, torch.nan, options.gamma).to(weight_BHST.dtype)[:, None, None]
     return ((options.zeta - gamma) * weight_BHST + gamma).clamp(0, 1)
 
 

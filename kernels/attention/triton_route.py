@@ -3,7 +3,6 @@
 Source of both directions: FlashAttention-2 (Dao, arXiv 2307.08691).
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +11,12 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from reattend.kernels import launching
 from reattend.kernels.attention import kernel, kernel_backward, kernel_decode
 from reattend.kernels.attention.options import Options
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 256
-_GRID = 65535  # programs that CUDA starts along any but the first axis
 _OLDEST = 8, 0  # compute capability
 
 
@@ -29,8 +28,8 @@ def unfit(query: Tensor, key: Tensor, value: Tensor, options: Options) -> str | 
         return f"tensors are {query.dtype}, not fp32, fp16 or bf16"
     if not 0 < value.shape[3] <= _WIDEST or query.shape[3] > _WIDEST:
         return f"heads are {query.shape[3]} and {value.shape[3]} numbers wide, not 1 to {_WIDEST}"
-    if max(query.shape[:2]) > _GRID:
-        return f"there are more than {_GRID} sequences or heads"
+    if max(query.shape[:2]) > launching.MOST_PROGRAMS:
+        return f"there are more than {launching.MOST_PROGRAMS} sequences or heads"
     return _unable(query) or _unknown_gradient(options)
 
 
@@ -40,6 +39,8 @@ def _unable(query: Tensor) -> str | None:
         return "Triton's interpreter can't multiply bf16" if query.dtype == torch.bfloat16 else None
     if not query.is_cuda:
         return f"tensors are on {query.device}"
+    if torch.version.hip is not None:
+        return "its tiles are made for NVIDIA GPUs"
     if torch.cuda.get_device_capability(query.device) < _OLDEST:
         return f"the GPU's compute capability is below {_OLDEST[0]}.{_OLDEST[1]}"
     return None
@@ -60,7 +61,7 @@ def attention(
     """See `attention` and `attention_with_lse` of the package. The output lies as (B, S, H, V)."""
     sinks = options.sinks
     given = (query, key, value) if sinks is None else (query, key, value, sinks)
-    with _device_of(query):
+    with launching.on_device_of(query):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
             output, sums = _Attention.apply(query, key, value, sinks, options)  # type: ignore[no-untyped-call]
         else:
@@ -68,13 +69,8 @@ def attention(
     return output, sums if lse else None
 
 
-def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton starts kernels on the current GPU, which need not be the tensors'."""
-    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call, no-any-return]
-
-
 def _readable(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in tensors)
+    return tuple(launching.readable(tensor) for tensor in tensors)
 
 
 def _forward(tensors: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Tensor]:
@@ -104,7 +100,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, output, lse, sinks, ranges, slopes, gamma = ctx.saved_tensors
         d_output, d_lse = gradients
         options = replace(ctx.options, ranges=ranges, slopes=slopes, gamma=gamma)
-        with _device_of(query):
+        with launching.on_device_of(query):
             if d_output is None:
                 d_output = torch.zeros_like(output)
             d_query, d_key, d_value, delta = kernel_backward.backward(

@@ -154,7 +154,8 @@ def query_means(query_BHSD: Tensor, options: Options, key_BGTD: Tensor) -> Tenso
 def with_sinks(output_BHSV: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
     """Let a score without a key or value join each row's softmax, after the fact."""
     sink_H1 = sinks_H.float()[:, None]
-    share_BHS = torch.sigmoid(lse_BHS - sink_H1)
+    # A row without keys has the share 0 with any sink, where -inf - -inf would make NaN.
+    share_BHS = torch.where(lse_BHS == -torch.inf, 0.0, torch.sigmoid(lse_BHS - sink_H1))
     return (output_BHSV * share_BHS[..., None]).to(output_BHSV.dtype), torch.logaddexp(lse_BHS, sink_H1)
 
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reattend.kernels import launching
 from reattend.kernels.attention import Options
 from reattend.kernels.attention.kernel_tiles import keys_of, tile_start, tiles_of
 from reattend.kernels.attention_int8 import kernel_quantize as quantize
@@ -181,6 +182,8 @@ def unfit(query: Tensor, key: Tensor, value: Tensor, how: Quantization) -> str |
         return "4 bits and smooth_q are simulated, by the reference alone"
     if max(query.shape[3], value.shape[3]) > _WIDEST:
         return f"heads are wider than {_WIDEST}"
+    if max(query.shape[:2]) > launching.MOST_PROGRAMS:
+        return f"there are more than {launching.MOST_PROGRAMS} sequences or heads"
     if not query.is_cuda:
         if not triton.knobs.runtime.interpret:
             return f"tensors are on {query.device.type}"
@@ -198,13 +201,9 @@ def attention(
     query_BHSD: Tensor, key_BGTD: Tensor, value_BGTV: Tensor, options: Options, how: Quantization
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, S, V), which lies as (B, S, H, V), and the log-sum-exp (B, H, S) in fp32; no sinks."""
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(query_BHSD):  # type: ignore[no-untyped-call]
-        return _attention(_dense(query_BHSD), _dense(key_BGTD), _dense(value_BGTV), options, how)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
+    with launching.on_device_of(query_BHSD):
+        query, key, value = map(launching.readable, (query_BHSD, key_BGTD, value_BGTV))
+        return _attention(query, key, value, options, how)
 
 
 def _attention(

@@ -49,9 +49,16 @@ def int8_linear(
     if threshold is not None:
         found = dynamic_outliers(x_MI, codes, scale_O, threshold)
         outliers = found if len(found.columns) else None
+    bias, outliers = _dense(bias, outliers)
     run = _route(backend, x.device.type, x.shape[-1])
     y_MO: Tensor = run(x_MI, codes, scale_O, bias, outliers, activations == "int8")
     return y_MO.reshape(*x.shape[:-1], codes.shape[0])
+
+
+def _dense(bias: Tensor | None, outliers: Outliers | None) -> tuple[Tensor | None, Outliers | None]:
+    """Return both as the kernels read them, one number behind the other."""
+    bias = None if bias is None else bias.contiguous()
+    return bias, None if outliers is None else Outliers(*(tensor.contiguous() for tensor in outliers))
 
 
 def _check(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reattend.kernels import launching
 from reattend.kernels.int8_linear.reference import CODE_MAX, ZERO_ROW, Outliers
 
 # Adding and subtracting 1.5 * 2^23 rounds an fp32 of magnitude below 2^22 half to even.
@@ -57,8 +58,10 @@ def _quantize_rows_kernel(p_x, p_mask, p_codes, p_scale, I, stride_x, HAS_MASK: 
         poison += b_x * 0.0  # NaN where x is NaN or inf: maximum() drops NaN
     row_max = tl.max(absmax, axis=0)
     row_max = tl.where(row_max < _ZERO_ROW, 0.0, row_max)
-    inverse = tl.where(row_max > 0, _CODE_MAX / tl.where(row_max > 0, row_max, 1.0), 0.0)
-    tl.store(p_scale + i_m, row_max / _CODE_MAX + tl.sum(poison, axis=0))
+    # The compiler's own division may be off by an ulp, and codes with it.
+    code_max = tl.full(row_max.shape, _CODE_MAX, tl.float32)
+    inverse = tl.where(row_max > 0, tl.div_rn(code_max, tl.where(row_max > 0, row_max, 1.0)), 0.0)
+    tl.store(p_scale + i_m, tl.div_rn(row_max, code_max) + tl.sum(poison, axis=0))
     for start in range(0, I, BLOCK_I):
         o_i = start + tl.arange(0, BLOCK_I)
         b_x = tl.load(p_x + i_m * stride_x + o_i, mask=o_i < I, other=0.0).to(tl.float32)
@@ -245,6 +248,7 @@ def int8_linear(
     """Both forms of the linear (M, O)."""
     if not len(x_MI) or not len(codes_OI):
         return x_MI.new_empty(len(x_MI), len(codes_OI))
-    if quantize:
-        return w8a8(x_MI, codes_OI, scale_O, bias_O, outliers)
-    return w8a16(x_MI, codes_OI, scale_O, bias_O)
+    with launching.on_device_of(x_MI):
+        if quantize:
+            return w8a8(x_MI, codes_OI, scale_O, bias_O, outliers)
+        return w8a16(x_MI, codes_OI, scale_O, bias_O)

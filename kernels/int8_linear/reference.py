@@ -36,9 +36,11 @@ def quantize_rows(x_MI: Tensor, columns: Tensor | None = None) -> tuple[Tensor, 
     absmax = x.abs().amax(1)
     absmax = torch.where(absmax < ZERO_ROW, 0.0, absmax)
     absmax = torch.where(absmax.isfinite(), absmax, torch.nan)
-    inverse = torch.where(absmax > 0, CODE_MAX / absmax, 0.0)
+    # A tensor: with a number, torch would multiply by a reciprocal, and round twice where the kernels round once.
+    code_max = torch.full_like(absmax, CODE_MAX)
+    inverse = torch.where(absmax > 0, code_max / absmax, 0.0)
     codes = (x * inverse[:, None]).round().nan_to_num(0.0, 0.0, 0.0)
-    return codes.to(torch.int8), absmax / CODE_MAX
+    return codes.to(torch.int8), absmax / code_max
 
 
 def outlier_columns(x_MI: Tensor, threshold: float) -> Tensor:

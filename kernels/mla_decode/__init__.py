@@ -37,6 +37,8 @@ def mla_decode(
     Raises `ValueError` for shapes or options that do not fit and `RuntimeError` for a backend that can't run here.
     """
     _check(query_latent, query_rope, latent, rope, mask)
+    if not query_latent.numel():
+        return query_latent.clone()
     tensors = (query_latent, query_rope, latent, rope)
     if backend == "torch" or _needs_torch(tensors, mask, backend):
         return products.mla_decode(*tensors, scale, mask)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reattend.kernels import launching
+
 _LOG2E = math.log2(math.e)
 _HIDDEN = tl.constexpr(-1e30)  # finite: a row that sees nothing gives a mean, as on the other routes
 _PROGRAMS = 256  # that a launch is split into at least, where tokens suffice: about two for each unit of a large GPU
@@ -42,8 +44,10 @@ def _part_kernel(
     HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    i_p, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Sequences lie along the first axis: it alone takes more than 65535 programs.
+    blocks = tl.cdiv(M, BLOCK_M)
+    i_p, i_b = tl.program_id(1), (tl.program_id(0) // blocks).to(tl.int64)
+    o_m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     o_l, o_r = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_R)
     m_m, m_l, m_r = o_m < M, o_l < L, o_r < R
     o_row = i_b * M + o_m
@@ -63,7 +67,7 @@ def _part_kernel(
         b_k = tl.load(p_rows, mask=m_t[:, None] & m_r[None, :], other=0.0)
         score = tl.dot(b_qr, tl.trans(b_k), tl.dot(b_q, tl.trans(b_c))) * scale
         if HAS_MASK:
-            p_seen = p_mask + i_b * stride_mb + (o_m % S)[:, None] * stride_ms + o_t[None, :] * stride_mt
+            p_seen = p_mask + i_b * stride_mb + (o_m % S).to(tl.int64)[:, None] * stride_ms + o_t[None, :] * stride_mt
             b_seen = tl.load(p_seen, mask=m_m[:, None] & m_t[None, :], other=0)
             score = tl.where(b_seen != 0, score, _HIDDEN)
         score = tl.where(m_t[None, :], score, float("-inf"))
@@ -80,7 +84,7 @@ def _part_kernel(
 
 @triton.jit
 def _merge_kernel(p_part, p_lse, p_out, M, L, P, BLOCK_L: tl.constexpr):
-    o_m, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_m, i_b = tl.program_id(0) % M, (tl.program_id(0) // M).to(tl.int64)
     o_l = tl.arange(0, BLOCK_L)
     top = tl.load(p_lse + i_b * P * M + o_m)
     for i_p in range(1, P):
@@ -124,12 +128,13 @@ def mla_decode(
     lse, out = part.new_empty(batch, parts, rows), torch.empty_like(q)
     seen = None if mask is None else mask.expand(batch, 1, queries, tokens)[:, 0].view(torch.int8)
     block_l = max(16, triton.next_power_of_2(rank))
-    _part_kernel[(blocks, parts, batch)](
-        q, qr, latent_BTL, rope_BTR, q if seen is None else seen, part, lse, rows, queries, tokens, rank, rope,
-        scale * _LOG2E, per_part, *latent_BTL.stride()[:2], *rope_BTR.stride()[:2],
-        *((0, 0, 0) if seen is None else seen.stride()), seen is not None, config.block_m, config.block_t, block_l,
-        max(16, triton.next_power_of_2(rope)), enable_fp_fusion=True,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    _merge_kernel[(rows, batch)](part, lse, out, rows, rank, parts, block_l, enable_fp_fusion=True, num_warps=4)
+    with launching.on_device_of(q):
+        _part_kernel[(blocks * batch, parts)](
+            q, qr, latent_BTL, rope_BTR, q if seen is None else seen, part, lse, rows, queries, tokens, rank, rope,
+            scale * _LOG2E, per_part, *latent_BTL.stride()[:2], *rope_BTR.stride()[:2],
+            *((0, 0, 0) if seen is None else seen.stride()), seen is not None, config.block_m, config.block_t,
+            block_l, max(16, triton.next_power_of_2(rope)), enable_fp_fusion=True,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        _merge_kernel[(rows * batch,)](part, lse, out, rows, rank, parts, block_l, enable_fp_fusion=True, num_warps=4)
     return out

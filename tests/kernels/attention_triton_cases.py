@@ -271,6 +271,15 @@ def poison():
             assert number == 2 or torch.equal(spoiled, rows), (queries, number)
 
 
+def positive_gamma():
+    """Where it can't be refused, as on a GPU, it makes NaN of its heads, not something that looks right."""
+    inputs = tensors((1, 2, 1, 20, 40, 16, 16), torch.float32)
+    options = Options(gamma=torch.tensor([0.1, -0.1]))
+    for output in (kernel.forward(*inputs, options)[0], reference.attention(*inputs, options)[0]):
+        assert output[:, 0].isnan().all()
+        assert output[:, 1].isfinite().all()
+
+
 def routes():
     q, k, v = tensors((1, 2, 1, 17, 20, 16, 16), torch.float32)
     taken = []
@@ -289,7 +298,7 @@ def main():
     np.seterr(divide="ignore")  # log2 of the sum of a row without keys
     for run in (
         forward_cases, small_tiles, layouts, skipped_tiles, decode_cases, backward_cases, small_gradient_tiles,
-        gradient_edges, poison, routes,
+        gradient_edges, poison, positive_gamma, routes,
     ):  # fmt: skip
         run()
     print(*(f"{count} {name}" for name, count in counts.items()), "cases")

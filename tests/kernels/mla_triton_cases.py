@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from triton.runtime.interpreter import GridExecutor
 
 from reattend.kernels.mla_decode import kernel, mla_decode, reference
 
@@ -45,12 +46,33 @@ def main():
                 assert error < 2e-3, (programs, shape, error)
                 count += 1
     hidden(*case(*SHAPES[1]))
+    many_sequences()
+    far_mask()
     print(f"{count} cases")
 
 
 def hidden(tensors, seen):
     seen[0] = False
     assert mla_decode(*tensors, scale=1.0, mask=seen, backend="triton").isfinite().all()
+
+
+def many_sequences():
+    """CUDA starts no more than 65535 programs along any axis but the first."""
+    grids = []
+    launch, GridExecutor.__call__ = GridExecutor.__call__, lambda self, *_, **__: grids.append(self.grid)
+    tensors, _ = case(65536, 1, 1, 2, 16, 8)
+    mla_decode(*tensors, scale=1.0, backend="triton")
+    GridExecutor.__call__ = launch
+    assert len(grids) == 2
+    assert all(max(grid[1:], default=1) < 65536 <= grid[0] for grid in grids), grids
+
+
+def far_mask():
+    """The last row of a mask lies 2^31 bytes behind the first; the memory between is never touched, nor taken."""
+    tensors, seen = case(1, 1, 3, 40, 16, 16)
+    apart = real_empty(1, 1, 3, 1 << 30, dtype=torch.bool)[..., :40].copy_(seen)
+    want = mla_decode(*tensors, scale=0.3, mask=seen, backend="triton")
+    assert torch.equal(mla_decode(*tensors, scale=0.3, mask=apart, backend="triton"), want)
 
 
 if __name__ == "__main__":

@@ -225,3 +225,7 @@ def test_sinks():
     output, lse = ours(tensors, empty)
     assert not output.any()
     assert torch.equal(lse, sinks[None, :, None].expand(1, 2, 60))
+    sinks[1] = -torch.inf
+    output, lse = ours(tensors, empty)
+    assert not output.any()
+    assert torch.equal(lse, sinks[None, :, None].expand(1, 2, 60))

@@ -198,6 +198,9 @@ def test_what_does_not_fit_is_refused():
     wide = [x.repeat(1, 1, 1, 5) for x in (query, key, value)]
     with pytest.raises(RuntimeError, match="wider than 256"):
         attention_int8(*wide, backend="triton")
+    many = [torch.zeros(1, 1, 1, 1).expand(65536, -1, -1, -1)] * 3
+    with pytest.raises(RuntimeError, match="more than 65535 sequences"):
+        attention_int8(*many, backend="triton")
 
 
 def test_on_a_cpu_exact_attention_does_the_work_and_the_log_says_so_once(caplog):

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from reattend.kernels import launching
 from reattend.kernels.attention import (
     Options,
     attention,
@@ -85,6 +86,19 @@ def test_devices(monkeypatch):
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", {"cuda:1": capability}.get)
         assert triton_route._unable(card) == reason
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert triton_route._unable(card) == "its tiles are made for NVIDIA GPUs"
+
+
+def test_tensors_are_copied_where_tiles_would_not_reach():
+    for shape, strides, copied in (
+        ((2, 3, 500, 64), (64, 128, 1 << 23, 1), False),
+        ((2, 3, 500, 64), (64, 128, (1 << 23) + 1, 1), True),
+        ((2, 3, 500, 64), (96000, 32000, 1, 500), True),
+        ((2, 3, 500, 64), (0, 0, 0, 1), False),
+    ):
+        tensor = torch.empty(0, device="meta").as_strided(shape, strides)
+        assert launching.readable(tensor).stride() == ((96000, 32000, 64, 1) if copied else strides)
 
 
 def test_tiles_are_no_wider_than_they_must_be():
@@ -126,8 +140,11 @@ def test_which_tile_a_call_gets():
     few, many, single = kernel_decode.CONFIGS[128]
     assert [kernel_decode.config_for(rows, 96, torch.float16) for rows in (16, 17)] == [few, many]
     assert kernel_decode.config_for(1, 128, torch.float32) == single
-    assert kernel_backward.configs_for(128, torch.bfloat16)[0] == kernel_backward.CONFIGS[128][0]
-    assert kernel_backward.configs_for(129, torch.float32)[1] == kernel_backward.CONFIGS[256][3]
+    queries, _, keys, _ = kernel_backward.CONFIGS[128]
+    assert kernel_backward.configs_for(32, torch.bfloat16, True) == (kernel_backward.CONFIGS[32][0], keys, keys)
+    assert kernel_backward.configs_for(128, torch.bfloat16, False) == (queries, keys, keys)
+    assert kernel_backward.configs_for(80, torch.bfloat16, True) == (queries, keys, kernel.Config(32, 128, 8, 1))
+    assert kernel_backward.configs_for(129, torch.float32, True)[2] == kernel_backward.CONFIGS[256][3]
     assert [kernel_backward.is_split(width, torch.float16) for width in (64, 65, 128, 129)] == [
         False,
         True,

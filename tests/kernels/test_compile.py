@@ -119,26 +119,35 @@ def attention_decode():
 
 
 def attention_backward():
-    """The widest of each tile; plain too where that leaves ptxas a choice."""
+    """The widest of each tile, and some that are masked at their end; plain too where that leaves ptxas a choice."""
     for width, dtype, options in (
-        (64, "bfloat16", CLIPPED), (128, "bfloat16", CLIPPED), (128, "bfloat16", ()), (256, "bfloat16", CLIPPED),
-        (128, "float32", BIASED), (256, "float32", ()),
+        (32, "bfloat16", CLIPPED), (64, "bfloat16", CLIPPED), (72, "bfloat16", BIASED), (120, "bfloat16", BIASED),
+        (128, "bfloat16", CLIPPED), (128, "bfloat16", ()), (256, "bfloat16", CLIPPED), (128, "float32", BIASED),
+        (256, "float32", ()),
     ):  # fmt: skip
         kind = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
-        of_queries, of_keys = kernel_backward.configs_for(width, getattr(torch, dtype))
+        padded = kernel_tiles.padded(width)
+        of_queries, of_keys, of_values = kernel_backward.configs_for(padded, getattr(torch, dtype), padded > width)
         name, widths = f"{width} {kind} {options}", (width, width)
-        if width > 64:
+        if width not in (64, 72, 120):  # which share a tile with 128
             yield f"dq {name}", attention(kernel_backward._query_kernel, of_queries, kind, widths, options)
+        if width == 32:  # which shares a tile with 64
+            continue
         split = kernel_backward.is_split(width, getattr(torch, dtype))
         for absent in (("p_dk",), ("p_dv",)) if split else ((),):
-            variant = attention(kernel_backward._key_kernel, of_keys, kind, widths, options, absent)
+            config = of_values if absent == ("p_dk",) else of_keys
+            variant = attention(kernel_backward._key_kernel, config, kind, widths, options, absent)
             yield f"dk, dv {name} without {absent}", variant
 
 
-def attending(arch):
-    """Attention's tiles with the most and the least that they do, for this compute capability."""
-    variants = list(itertools.chain(attention_forward(), attention_decode(), attention_backward()))
-    # 8.6 and 8.9 have the same instructions and limits here, and ptxas gave both the same: each compiles half.
+def attending():
+    """Attention's tiles with the most and the least that they do."""
+    return itertools.chain(attention_forward(), attention_decode(), attention_backward())
+
+
+def shared_out(variants, arch):
+    """8.6 and 8.9 have the same instructions and limits here, and ptxas gave both the same: each compiles half."""
+    variants = list(variants)
     return {86: variants[::2], 89: variants[1::2]}.get(arch, variants)
 
 
@@ -179,19 +188,24 @@ def compiled(variant, arch):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("variants", [lambda arch: shipped(), attending], ids=["linears and mla", "attention"])
-def test_no_stack_and_shared_memory_in_bounds(arch, variants, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    dump = triton.knobs.nvidia.cuobjdump.path
-    for name, variant in variants(arch):
+def check(variants, arch, folder):
+    """Hold what ptxas made of variants against the limits."""
+    for name, variant in variants:
         built = compiled(variant, arch)
-        assert built.metadata.shared <= SHARED[arch], f"{name}: {built.metadata.shared} bytes shared"
-        (tmp_path / "cubin").write_bytes(built.asm["cubin"])
-        usage = subprocess.run([dump, "-res-usage", tmp_path / "cubin"], capture_output=True, text=True, check=True)
+        assert built.metadata.shared <= SHARED[arch], f"{name} on {arch}: {built.metadata.shared} bytes shared"
+        (folder / "cubin").write_bytes(built.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", folder / "cubin"]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True)
         stack = re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr)
         assert stack, usage.stdout
-        assert set(stack) == {"0"}, f"{name}: {usage.stdout}"
+        assert set(stack) == {"0"}, f"{name} on {arch}: {usage.stdout}"
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("variants", [shipped, attending], ids=["linears and mla", "attention"])
+def test_no_stack_and_shared_memory_in_bounds(arch, variants, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    check(shared_out(variants(), arch), arch, tmp_path)
 
 
 @pytest.mark.parametrize(

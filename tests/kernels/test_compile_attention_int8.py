@@ -1,7 +1,6 @@
 """Every tile of quantised attention compiles ahead of time, as test_compile.py has it for the other kernels."""
 
 import re
-import subprocess
 
 import pytest
 
@@ -9,7 +8,6 @@ pytest.importorskip("triton")
 
 import attention_int8_compile as variants
 import test_compile as gate
-import triton
 
 from reattend.kernels.attention_int8 import kernel
 
@@ -25,17 +23,7 @@ def _compiler(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arch", gate.SHARED)
 def test_no_stack_and_shared_memory_in_bounds(arch, tmp_path):
-    for name, variant in variants.shipped():
-        if not variants.is_for(name, arch):
-            continue
-        built = gate.compiled(variant, arch)
-        assert built.metadata.shared <= gate.SHARED[arch], f"{name}: {built.metadata.shared} bytes shared"
-        (tmp_path / "cubin").write_bytes(built.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", tmp_path / "cubin"]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True)
-        stack = re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr)
-        assert stack, usage.stdout
-        assert set(stack) == {"0"}, f"{name} on {arch}: {usage.stdout}"
+    gate.check([item for item in variants.shipped() if variants.is_for(item[0], arch)], arch, tmp_path)
 
 
 @pytest.mark.parametrize("arch", FP8)

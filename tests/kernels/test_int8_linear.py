@@ -154,10 +154,30 @@ def test_any_leading_shape_and_strides():
     assert int8_linear(rows(0, 32), codes, scale).shape == (0, 8)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_and_outliers_as_slices_leave_them(backend):
+    codes, scale, bias = layer(12, 48)
+    bias, weight = bias.repeat_interleave(2)[::2], torch.randn(3, 12).T
+    outliers = Outliers(torch.tensor([2, 1 << 40, 9, 1 << 40, 40])[::2], weight)
+    x = rows(7, 48)
+    want = reference.w8a8(x, codes, scale, bias, outliers)
+    assert relative(int8_linear(x, codes, scale, bias, outliers=outliers, backend=backend), want) < 1e-6
+
+
 def test_quantised_rows_by_hand():
     codes, scale = reference.quantize_rows(torch.tensor([[127.0, 0.5, 1.5, -2.5], [0, 0, 0, 0]]))
     assert codes.tolist() == [[127, 0, 2, -2], [0, 0, 0, 0]]
     assert scale.tolist() == [1.0, 0.0]
+
+
+def test_scales_and_their_inverses_are_rounded_once():
+    """At ties, where an ulp of the inverse is another code."""
+    absmax = torch.rand(20000, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+    x = torch.cat([absmax, (torch.arange(126) + 0.5) * absmax / 127], 1)
+    codes, scale = reference.quantize_rows(x)
+    inverse = (127 / absmax.double()).float()
+    assert torch.equal(codes, (x * inverse).round().to(torch.int8))
+    assert torch.equal(scale, (absmax[:, 0].double() / 127).float())
 
 
 def test_planted_outliers():

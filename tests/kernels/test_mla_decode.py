@@ -110,6 +110,14 @@ def test_a_query_that_sees_nothing_gives_no_nan():
     assert mla_decode(*case(1, 2, 2, 5, 4, 2), scale=1.0, mask=mask).isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "native", "triton"])
+@pytest.mark.parametrize("change", [{"batch": 0}, {"heads": 0}, {"queries": 0}], ids=str)
+def test_no_queries(change, backend):
+    sizes = {"batch": 2, "heads": 3, "queries": 1} | change
+    tensors = case(**sizes, tokens=9, rank=32, rope=8, dtype=torch.float32)
+    assert mla_decode(*tensors, scale=1.0, backend=backend).shape == (*sizes.values(), 32)
+
+
 def test_gradients():
     tensors = [tensor.requires_grad_() for tensor in case(2, 2, 2, 5, 3, 2)]
     assert torch.autograd.gradcheck(lambda *t: mla_decode(*t, scale=0.4, mask=causal(2, 5)), tensors)
