@@ -22,7 +22,8 @@ def gamma_of_length(alpha: float, length: int) -> float:
 def mass_histogram(weight_HST: Tensor) -> Tensor:
     """Return how much weight lies in each bin of ln p, summed over queries (H, BINS), fp64."""
     position = (weight_HST.log() - _LOWEST) * _STEP
-    bin_HST = position.ceil().clamp_(1, BINS).long() - 1  # a bin holds what lies above its lower edge
+    # A bin holds what lies above its lower edge. NaN goes anywhere: it is the layer's output, too, and refused there.
+    bin_HST = position.ceil().nan_to_num_(1.0).clamp_(1, BINS).long() - 1
     found = torch.zeros(len(weight_HST), BINS, dtype=torch.float64, device=weight_HST.device)
     return found.scatter_add_(1, bin_HST.flatten(1), weight_HST.double().flatten(1))
 

@@ -22,11 +22,11 @@ class ClippedSoftmax(PortableStep):
     """Clipped softmax (Quantizable Transformers): gamma by a length, or per head by what it removes."""
 
     step: Literal["clipped_softmax"] = "clipped_softmax"
-    alpha: float = Field(
-        0.01, ge=0, strict=True, allow_inf_nan=False, description="gamma = -alpha / length; 0: plain softmax"
+    alpha: float = Field(0.01, ge=0, le=1e6, strict=True, description="gamma = -alpha / length; 0: plain softmax")
+    length: int = Field(
+        1024, ge=1, le=2**31, strict=True, description="tokens that gamma is meant for; kept in the config"
     )
-    length: int = Field(1024, ge=1, strict=True, description="tokens that gamma is meant for; kept in the config")
-    zeta: float = Field(1.0, ge=1, strict=True, allow_inf_nan=False, description="upper stretch; 1 suffices")
+    zeta: float = Field(1.0, ge=1, le=1e6, strict=True, description="upper stretch; 1 suffices")
     epsilon: float | None = Field(
         None, gt=0, lt=1, strict=True,
         description="share of a head's weight that may be zeroed: gamma per head, chosen on the calibration text",

@@ -78,10 +78,14 @@ class Gates(PortableStep):
         """Return the projection divided by the gate's openness, and the gate."""
         output, *specs = group.writes
         dtype = TORCH_DTYPES[output.dtype]
-        folded = tensors[output.name].double() / stored_openness(self.openness, dtype)
+        folded = (tensors[output.name].double() / stored_openness(self.openness, dtype)).to(dtype)
+        if bool((folded.isinf() & tensors[output.name].isfinite()).any()):
+            raise Refusal(
+                f"gates: openness: tensor {output.name!r} / {self.openness} does not fit into {output.dtype}"
+            )
         made = start_tensors(self._shape(source), self.openness, self.seed + int(group.key))
         gate = {spec.name: made[spec.name.rpartition(".gate.")[2]].to(dtype) for spec in specs}
-        return {output.name: folded.to(dtype), **gate}
+        return {output.name: folded, **gate}
 
 
 def _output(source: Source, layer: int) -> str:

@@ -27,7 +27,18 @@ _WORKED_OUT = (
     "use_cache", "tie_word_embeddings", "rope_parameters", "attention_dropout", "pad_token_id", "bos_token_id",
     "eos_token_id",
 )  # fmt: skip
-_REPLACED = ("rope_theta", "rope_scaling", "use_sliding_window", "max_window_layers", "torch_dtype")
+_REPLACED = (
+    "rope_theta", "rope_scaling", "use_sliding_window", "max_window_layers", "torch_dtype",
+    "attention_gates", "clipped_softmax",  # without a meaning in a stock config
+)  # fmt: skip
+# What else a stock model of each type reads. Its config may hold more, which then has no effect: Llama's class takes
+# a `sliding_window` and computes none.
+_READ = {
+    "llama": ("attention_bias", "mlp_bias"),
+    "mistral": ("sliding_window",),
+    "qwen2": ("sliding_window", "layer_types"),
+    "qwen3": ("sliding_window", "layer_types", "attention_bias"),
+}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -43,6 +54,9 @@ def check_portable(source: Source, step: str) -> None:
     if config.get("quantization_config"):
         raise Refusal("config.json: quantization_config: convert first, quantise after")
     _architecture(source)
+    for key in ("is_decoder", "add_cross_attention"):
+        if family.model_type == "bert" and config.get(key):
+            raise Refusal(f"config.json: {key}: the portable BERT is an encoder alone")
     if _FORMS[family.model_type][0] == "reattend":
         _llama_keys(source)
 
@@ -89,30 +103,39 @@ def _llama_keys(source: Source) -> dict[str, Any]:
     """Return what a portable config says of a member of the Llama family."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    stock = _stock_config(source)
-    types = getattr(stock, "layer_types", None)
-    window = getattr(stock, "sliding_window", None)
-    if types is None:
-        types = [_LAYER_TYPES[window is not None]] * stock.num_hidden_layers
-    if not isinstance(types, list) or len(types) != stock.num_hidden_layers or not set(types) <= set(_LAYER_TYPES):
-        raise Refusal(f"config.json: layer_types: expected {' or '.join(_LAYER_TYPES)} for each layer")
+    stock, name = _stock_config(source), source.family.model_type
+    read = {key: getattr(stock, key, None) for key in _READ[name]}
+    types, window = _layers(read, stock.num_hidden_layers)
     rope = stock.rope_parameters
     if rope.get("rope_type") not in ("default", *ROPE_INIT_FUNCTIONS):
         raise Refusal(f"config.json: rope_parameters: rope_type {rope.get('rope_type')!r} is unknown to transformers")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise Refusal("config.json: rope_parameters: the portable model rotates heads whole")
-    name = source.family.model_type
-    biased = bool(getattr(stock, "attention_bias", False))
+    biased = bool(read.get("attention_bias"))
     return {
         **{key: getattr(stock, key) for key in _WORKED_OUT},
         "head_dim": source.head_dim,
         "layer_types": types,
-        "sliding_window": window if "sliding_attention" in types else None,
+        "sliding_window": window,
         "attention_bias": biased or name == "qwen2",
         "output_bias": biased,
-        "mlp_bias": bool(getattr(stock, "mlp_bias", False)),
+        "mlp_bias": bool(read.get("mlp_bias")),
         "qk_norm": name == "qwen3",
     }
+
+
+def _layers(read: Mapping[str, Any], count: int) -> tuple[list[str], int | None]:
+    """Return what each layer attends to, and the window of those that have one."""
+    types, window = read.get("layer_types"), read.get("sliding_window")
+    if types is None:
+        types = [_LAYER_TYPES[window is not None]] * count
+    if not isinstance(types, list) or len(types) != count or not all(kind in _LAYER_TYPES for kind in types):
+        raise Refusal(f"config.json: layer_types: expected {' or '.join(_LAYER_TYPES)} for each layer")
+    if "sliding_attention" not in types:
+        return types, None
+    if not isinstance(window, int) or window < 1:
+        raise Refusal("config.json: layer_types: names sliding_attention, and sliding_window is no number or off")
+    return types, window
 
 
 def _stock_config(source: Source) -> Any:

@@ -118,9 +118,9 @@ class Int8Attention(BaseModel):
         raise AssertionError(group)
 
     def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:
-        """Return the config with each layer's kind, once they are known."""
-        chosen = {KEY: self._chosen(statistics)} if statistics else {}
-        return {**source.config, **chosen}
+        """Return the config with each layer's kind; until they are known, exact."""
+        chosen = self._chosen(statistics) if statistics else [EXACT] * source.num_layers
+        return {**source.config, KEY: chosen}
 
     def side_files(self, source: Source, statistics: Statistics) -> Iterator[tuple[str, bytes]]:
         """Yield nothing."""

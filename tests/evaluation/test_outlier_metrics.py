@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import reattend
 from reattend import demo
 from reattend.cli import cli
-from reattend.errors import Refusal
+from reattend.errors import Failure, Refusal
 from reattend.evaluation import outlier_statistics
 from reattend.evaluation.outlier_statistics import inf_norm, kurtosis, sink_sums
 from reattend.evaluation.outliers import OutlierMeter
@@ -168,6 +168,13 @@ def test_weights_of_a_clipped_softmax(monkeypatch):
     largest = (expected[..., 0] == expected.amax(-1)) & (expected[..., 0] > 0)  # a row of zeros has no largest
     assert found.largest.tolist() == largest.double().sum((0, 2)).tolist()
     assert found.queries == 8
+
+
+def test_what_is_not_finite_is_told_by_module(models):
+    model = load(models("bert"), "bert")
+    model.bert.encoder.layer[1].output.dense.weight.data[3, 4] = torch.nan
+    with pytest.raises(Failure, match=r"^bert.encoder.layer.1: its output holds NaN or inf"):
+        measured(model, "bert")
 
 
 def test_a_model_runs_as_before_afterwards(models):

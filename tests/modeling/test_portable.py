@@ -255,6 +255,10 @@ def test_clipping_is_refused_where_nothing_clips():
     ("keys", "message"),
     [
         ({"clipped_softmax": {"gamma": [[0.0]]}}, "one per head in a list per layer"),
+        ({"clipped_softmax": {"gamma": [0.0, 0.0]}}, "one per head in a list per layer"),
+        ({"clipped_softmax": {"gamma": float("nan")}}, "one per head in a list per layer"),
+        ({"clipped_softmax": {"gamma": "-1"}}, "one per head in a list per layer"),
+        ({"clipped_softmax": {}}, "one per head in a list per layer"),
         ({"clipped_softmax": {"gamma": 0.1}}, "a gamma above 0"),
         ({"clipped_softmax": {"gamma": -0.1, "zeta": 0.9}}, "zeta is below 1"),
         ({"reattend_format": 2}, "reattend_format is 2, and this code knows 1"),

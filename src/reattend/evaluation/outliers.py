@@ -1,5 +1,6 @@
 """Outliers of a running model: which modules put out large numbers, and how much attention the first key gets."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -63,8 +64,14 @@ class OutlierMeter:
         return lambda: observed_attention(layer, observe)
 
     def report(self) -> dict[str, Any]:
-        """Return the figures; those of layers as lists, first layer first. See docs/outliers.md for each key."""
+        """Return the figures; those of layers as lists, first layer first. See docs/outliers.md for each key.
+
+        Raises `Failure` for a module whose output was not finite.
+        """
         figures = self._figures
+        for module, each in figures.items():
+            if not math.isfinite(each.inf_norm):
+                raise Failure(f"{self._names[module]}: its output holds NaN or inf")
         worst = max(figures, key=lambda module: figures[module].inf_norm)
         found: dict[str, Any] = {
             "max_inf_norm": figures[worst].inf_norm,

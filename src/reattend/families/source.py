@@ -10,6 +10,7 @@ from typing import Any
 from reattend.checkpoint.header import BITS, TensorSpec
 from reattend.checkpoint.index import Checkpoint
 from reattend.errors import Refusal
+from reattend.families.portable import portable_classes
 from reattend.families.rows import FAMILIES, WITH_QUERY_LATENT, Family, is_portable, portable_row
 
 _PACKED = ".weight_packed"
@@ -178,6 +179,7 @@ def _widths(packed: TensorSpec, config: Mapping[str, Any]) -> set[int]:
 def _family(config: Mapping[str, Any]) -> Family | None:
     name = config.get("model_type")
     if is_portable(name):
+        portable_classes(config)  # refuses a format that is not known here
         return portable_row(config)
     if name == "deepseek_v3":
         if config.get("first_k_dense_replace") != config.get("num_hidden_layers"):

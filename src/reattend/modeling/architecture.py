@@ -36,7 +36,12 @@ def _portable_class(path: Path, config: dict[str, Any]) -> Any:
     if classes is None:
         return None
     module = import_module(f"reattend.modeling.portable.{classes.module}")
-    return getattr(module, config["architectures"][0])
+    name = config["architectures"][0]
+    found = getattr(module, name)
+    # So `save_pretrained` puts the code beside the weights, as it does where the folder's own code runs.
+    found.config_class.register_for_auto_class()
+    found.register_for_auto_class(classes.auto if name == classes.headed else "AutoModel")
+    return found
 
 
 def model_class(path: Path, config: dict[str, Any]) -> Any:

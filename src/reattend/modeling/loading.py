@@ -228,7 +228,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     if not any(Path(path).glob("tokenizer*")) and not (Path(path) / "vocab.json").exists():
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, **_config_of_code(Path(path)))
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **_config_of_code(Path(path)))
     except Exception as error:
         raise Failure(f"{path}: its tokenizer can't be loaded: {told(error)}") from error
 

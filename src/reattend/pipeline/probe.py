@@ -74,8 +74,8 @@ def _load(folder: Path, scratch: Path) -> tuple[Any, list[str]]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     kind, trust = _loader(json.loads((folder / "config.json").read_text("utf-8")))
-    options = {"dtype": "float32", "output_loading_info": True, **trust, **_places(folder, scratch)}
-    model, info = kind.from_pretrained(folder, **options)
+    options = {"dtype": "float32", "output_loading_info": True, "trust_remote_code": trust}
+    model, info = kind.from_pretrained(folder, **options, **_places(folder, scratch))
     problems = [
         f"{kind_}: {sorted(map(str, info[kind_]))[0]} (of {len(info[kind_])})"
         for kind_ in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -87,15 +87,18 @@ def _load(folder: Path, scratch: Path) -> tuple[Any, list[str]]:
     return model.eval(), problems
 
 
-def _loader(config: dict[str, Any]) -> tuple[Any, dict[str, bool]]:
-    """Return what loads a config's architecture, and with which trust: `verify` has looked at code beforehand."""
+def _loader(config: dict[str, Any]) -> tuple[Any, bool]:
+    """Return what loads a config's architecture, and whether by the folder's code: that of a portable model alone.
+
+    `verify` has looked at its code. Code that another folder brings along is never run.
+    """
     import transformers
 
     names = config.get("architectures")
-    for auto, reference in (config.get("auto_map") or {}).items():
-        if names and reference.endswith(f".{names[0]}"):
-            return getattr(transformers, auto), {"trust_remote_code": True}
-    return getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM, {}
+    if not config["model_type"].startswith("reattend"):
+        return getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM, False
+    (auto,) = (auto for auto, name in config["auto_map"].items() if name.endswith(f".{names[0]}"))
+    return getattr(transformers, auto), True
 
 
 def _logits(model: Any, ids: list[int]) -> Any:

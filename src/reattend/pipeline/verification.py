@@ -40,7 +40,7 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
     check_kinds(checkpoint.files.name, described)
     manifest = _manifest(checkpoint)
     folder = open_files(out).download()
-    _check_code(folder, checkpoint)
+    _check_code(folder, checkpoint.config)
     source = None if against is None else _source(manifest, against)
     ids = _token_ids(checkpoint, folder)
     # The source comes first: what loading quantised weights may change in the process must not reach it.
@@ -72,22 +72,26 @@ def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
     return manifest
 
 
-def _check_code(folder: Path, checkpoint: Checkpoint) -> None:
+def _check_code(folder: Path, config: dict[str, Any]) -> None:
     """Refuse to run code that is not what this version of reattend puts into an output."""
-    classes = portable_classes(checkpoint.config)
+    classes = portable_classes(config)
     if classes is None:
-        if checkpoint.config.get("auto_map"):
-            raise Refusal(f"{folder}/config.json: auto_map: names code that is not reattend's; it is not run")
-        return
+        return  # loaded by the class of transformers, whatever code the folder holds
     for name, content in classes.code():
         if not (folder / name).is_file() or (folder / name).read_bytes() != content:
             raise Refusal(f"{folder}/{name}: is not the code of this version of reattend; it is not run")
+    if (folder / "custom_generate").exists():  # transformers would run it as soon as it loads the model
+        raise Refusal(f"{folder}/custom_generate: is not the code of this version of reattend; it is not run")
 
 
 def _source(manifest: dict[str, Any], against: str | os.PathLike[str]) -> Path:
-    if fingerprint(open_checkpoint(against)) != manifest["source"]:
+    checkpoint = open_checkpoint(against)
+    if fingerprint(checkpoint) != manifest["source"]:
         raise Refusal(f"{against}: is not the source that {MANIFEST} records")
-    return open_files(against).download()
+    source_of(checkpoint)  # of a family that is known, so that the probe needs no foreign code
+    folder = open_files(against).download()
+    _check_code(folder, checkpoint.config)
+    return folder
 
 
 def _token_ids(checkpoint: Checkpoint, folder: Path) -> list[int]:

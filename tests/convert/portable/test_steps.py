@@ -226,6 +226,7 @@ def test_what_has_no_portable_form_is_refused_in_one_line(models, tmp_path, fami
         ([{"step": "clipped_softmax", "zeta": 0.5}], "zeta"),
         ([{"step": "clipped_softmax", "epsilon": 0.1}], "calibration: the recipe needs a text"),
         ([{"step": "clipped_softmax"}, {"step": "int8_attention"}], "reattend clips its softmax"),
+        ([{"step": "int8_attention"}, {"step": "clipped_softmax"}], "quantised attention does not clip"),
         ([{"step": "gates"}, {"step": "mla"}], "mla: reattend"),
     ],
 )

@@ -95,9 +95,10 @@ def clipped_attention(
     """
     batch, heads, queries, width = query.shape
     groups, tokens = key.shape[1:3]
-    query = query.reshape(batch, groups, heads // groups, queries, width)
     scale = 1 / math.sqrt(width) if scaling is None else scaling
-    scores = (torch.matmul(query, key[:, :, None].transpose(-1, -2)) * scale).view(batch, heads, queries, tokens)
+    # Scaled first, as sdpa does it: in fp16 what is not scaled may overflow.
+    query = (query * scale).reshape(batch, groups, heads // groups, queries, width)
+    scores = torch.matmul(query, key[:, :, None].transpose(-1, -2)).view(batch, heads, queries, tokens)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is None and causal and queries > 1:
         mask = torch.ones(queries, tokens, dtype=torch.bool, device=scores.device).tril()
@@ -130,6 +131,13 @@ class OptionalParts(nn.Module):
         self.gammas, self.zeta = gammas, 1.0 if gammas is None else config.clipped_softmax.get("zeta", 1.0)
         gamma = None if gammas is None else torch.tensor(gammas, dtype=torch.float32)
         self.register_buffer("gamma", gamma, persistent=False)  # the config is what holds it
+
+    def _apply(self, fn, recurse=True):
+        """Keep `gamma` in fp32 where a module is cast: a 16-bit one would be another threshold."""
+        super()._apply(fn, recurse)
+        if self.gamma is not None:
+            self.gamma = torch.tensor(self.gammas, dtype=torch.float32, device=self.gamma.device)
+        return self
 
     @property
     def clipping(self):

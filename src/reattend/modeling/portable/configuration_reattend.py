@@ -6,6 +6,8 @@ Each is a stock configuration and what a stock architecture has no key for:
     clipped_softmax   {"zeta": .., "gamma": one number, or per layer a list of one per head} or None
 """
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, LlamaConfig, OPTConfig
 
@@ -27,12 +29,14 @@ class _Optional:
             raise ValueError(f"reattend_format is {self.reattend_format!r}, and this code knows {FORMAT}")
         clipping = self.clipped_softmax
         if clipping is not None:
-            gamma, zeta = clipping["gamma"], clipping.get("zeta", 1.0)
+            gamma, zeta = clipping.get("gamma"), clipping.get("zeta", 1.0)
             rows = gamma if isinstance(gamma, list) else [[gamma] * self.num_attention_heads] * self.num_hidden_layers
-            shape = {len(row) for row in rows}, len(rows)
-            if shape != ({self.num_attention_heads}, self.num_hidden_layers):
+            lengths = [len(row) if isinstance(row, list) else 0 for row in rows]
+            values = [zeta, *(value for row in rows if isinstance(row, list) for value in row)]
+            numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+            if lengths != [self.num_attention_heads] * self.num_hidden_layers or not numbers:
                 raise ValueError("clipped_softmax: gamma is neither a number nor one per head in a list per layer")
-            if zeta < 1 or any(value > 0 for row in rows for value in row):
+            if zeta < 1 or any(value > 0 for value in values[1:]):
                 raise ValueError("clipped_softmax: zeta is below 1 or a gamma above 0")
 
     def gammas(self, layer: int) -> list[float] | None:
