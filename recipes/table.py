@@ -5,4 +5,8 @@ TRANSFORMS = {
     "int8_layout": "reattend.quantize.int8.layout:Int8Layout",
     "int8_attention": "reattend.quantize.attention.transform:Int8Attention",
     "mla": "reattend.convert.mla.transform:Mla",
+    "heal": "reattend.healing.step:Heal",
 }
+
+# Steps that several processes take together, each with a whole model of its own or a part of one.
+COLLECTIVE = ("heal",)

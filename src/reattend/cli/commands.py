@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from reattend import processes
 from reattend.cli.console import progress, show
 from reattend.cli.streams import put, tell
 from reattend.errors import Failure, Refusal
@@ -88,12 +89,19 @@ def _with_settings(recipe: Any, options: dict[str, Any]) -> Any:
 
 def _apply(recipe: Any, model: str, out: str, options: dict[str, Any]) -> None:
     import reattend
-    from reattend.pipeline.execution import read_findings
 
     recipe = _with_settings(recipe, options)
     as_json = options.pop("as_json")
     with progress() as report:
         done = reattend.apply(recipe, model, out, progress=report, **options)
+    _show_done(done, model, out, as_json)
+
+
+def _show_done(done: Any, model: str, out: str, as_json: bool) -> None:
+    from reattend.pipeline.execution import read_findings
+
+    if processes.rank():
+        return
     summary = done.summary()
     keys = ("bytes_before", "bytes_after", "ratio", "remarks")
     findings = [found for found in read_findings(Path(out)) if found]
@@ -127,6 +135,40 @@ def convert(step: str, model: str, out: str, settings: tuple[str, ...], **option
 
     recipe = parse_recipe({"steps": [{"step": step, **_settings(settings)}]}, "convert")
     _apply(recipe, model, out, options)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out")
+@click.option("--teacher", metavar="BASE", help="The model to follow: before surgery (a folder or a Hub id).")
+@click.option("--text", required=True, metavar="FILE", help="UTF-8 file to train on, or dataset:PATH.")
+@click.option(
+    "--selection", required=True, metavar="TEXT", help="Another text, on which the best weights are chosen."
+)
+@parameters
+@window
+@selection_windows
+@device
+@resume
+@overwrite
+@as_json
+def heal(
+    model: str,
+    out: str,
+    settings: tuple[str, ...],
+    window: int | None,
+    selection_windows: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fine-tune MODEL after surgery, towards BASE, and write it to the folder OUT (also under torchrun)."""
+    import reattend
+
+    shared = {"window": window, "selection_windows": selection_windows}
+    given = _settings(settings) | {key: value for key, value in shared.items() if value is not None}
+    with progress() as report:
+        done = reattend.heal(model, out, settings=given, progress=report, **options)
+    _show_done(done, model, out, as_json)
 
 
 @click.command()
@@ -275,4 +317,4 @@ def demo(out: str, overwrite: bool, as_json: bool) -> None:
 
 
 evaluate.name = "eval"
-COMMANDS = (inspect, plan, apply, convert, verify, evaluate, sensitivity, recipes, demo)
+COMMANDS = (inspect, plan, apply, convert, heal, verify, evaluate, sensitivity, recipes, demo)
