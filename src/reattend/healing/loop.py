@@ -181,12 +181,13 @@ class Trainer:
 def _deterministic(device: torch.device) -> Iterator[None]:
     """Allow no operator on a CPU whose result depends on chance; those of a GPU are left as they are."""
     before = torch.are_deterministic_algorithms_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filling = memory.fill_uninitialized_memory
     try:
         if device.type == "cpu":
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nobody reads it
+            memory.fill_uninitialized_memory = False  # costs time, and nobody reads it
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        memory.fill_uninitialized_memory = filling

@@ -67,7 +67,7 @@ def _sharded(model: Any, source: Source, settings: Settings, device: str) -> Any
     """Split the weights over the processes, layer by layer (FSDP2)."""
     if not _splits(settings):
         return model
-    from torch.distributed import init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh: Mapping[str, Any] = {"mesh": init_device_mesh(torch.device(device).type, (processes.count(),))}

@@ -48,14 +48,21 @@ def find_parameters(model: Any, source: Source, settings: Settings) -> dict[str,
         if id(parameter) not in known:
             raise Refusal(f"heal: parameter {name!r} of {type(model).__name__} is stored under another name or shape")
         parameter.requires_grad_(False)
-    trained = {spec.name: held[spec.name] for spec in trained_specs(source, settings)}
-    return {name: parameter.requires_grad_(True) for name, parameter in trained.items() if parameter is not None}
+    found = {}
+    for spec in trained_specs(source, settings):
+        parameter = held[spec.name]
+        if parameter is not None:
+            parameter.requires_grad_(True)
+            found[spec.name] = parameter
+    return found
 
 
 def once(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Return each parameter under the first of its names."""
-    first = {id(parameter): name for name, parameter in reversed(parameters.items())}
-    return {name: parameter for name, parameter in parameters.items() if first[id(parameter)] == name}
+    first: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        first.setdefault(id(parameter), name)
+    return {name: parameters[name] for name in first.values()}
 
 
 def _parameter(model: Any, name: str) -> nn.Parameter | None:

@@ -141,9 +141,9 @@ def spread(place: Tensor, value: Tensor | None) -> None:
     # The step counts of AdamW stay on the CPU, where some backends can't send from.
     full = full.to(torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu")
     dist.broadcast(full, 0)
-    if hasattr(place, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    if isinstance(place, DTensor):
         full = distribute_tensor(full, place.device_mesh, place.placements, src_data_rank=None).to_local()
     local.copy_(full)
 

@@ -180,7 +180,7 @@ def _findings(record: Record, settings: Settings) -> dict[str, Any]:
     stride = math.ceil(len(record.curve) / _MOST_POINTS)
     points = [(number + 1, row) for number, row in enumerate(record.curve) if number % stride == 0]
     columns = ("loss", "gradient_norm", *(part for part in PARTS))
-    curve = {"step": [step for step, _ in points]}
+    curve: dict[str, list[float]] = {"step": [step for step, _ in points]}
     curve |= {
         name: [row[i] for _, row in points]
         for i, name in enumerate(columns)
