@@ -17,6 +17,7 @@ from reattend.healing.batches import batch_of, rate, share
 from reattend.healing.objective import PARTS, Objective, Recorder, Seen, see
 from reattend.healing.parameters import as_written, find_parameters, matches, once, optimiser_for, trained_specs
 from reattend.healing.settings import Settings
+from reattend.healing.splitting import is_split, local
 from reattend.healing.states import Record, States
 from reattend.progress import Progress
 
@@ -131,7 +132,7 @@ class Trainer:
 
     def _wrap(self) -> nn.Module:
         """Let gradients be averaged over the processes, unless the sharding does."""
-        if processes.count() == 1 or self.settings.shard:
+        if processes.count() == 1 or is_split(self._objective):
             return self._objective
         from accelerate.utils import DistributedDataParallelKwargs
 
@@ -141,11 +142,18 @@ class Trainer:
         return self._accelerator.prepare_model(self._objective)  # type: ignore[no-any-return]
 
     def _clip(self) -> float:
-        """Return the norm of the gradient, which is then at most `clip_norm`."""
-        trained = [p for p in self._parameters.values() if p.grad is not None]
-        most = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
-        norm = nn.utils.clip_grad_norm_(trained, most)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        """Return the norm of the gradient, which is then at most `clip_norm`.
+
+        In fp64: sums of millions of squares in fp32 differ in the fifth digit by how they are split.
+        """
+        gradients = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+        square = torch.stack(norms).square().sum()
+        norm = float((self._sum(square) if is_split(self._objective) else square).sqrt())
+        if self.settings.clip_norm is not None and norm > self.settings.clip_norm:
+            for gradient in gradients:
+                gradient.mul_(self.settings.clip_norm / norm)
+        return norm
 
     def _evaluate(self, record: Record, states: States) -> None:
         """Measure the weights as they would be written; keep them where they are the best so far."""

@@ -1,6 +1,5 @@
 """The student and its teacher in memory: stock transformers, in evaluation mode, so that no dropout draws numbers."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,9 @@ def _sharded(model: Any, source: Source, settings: Settings, device: str) -> Any
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh: Mapping[str, Any] = {"mesh": init_device_mesh(torch.device(device).type, (processes.count(),))}
+    mesh = init_device_mesh(torch.device(device).type, (processes.count(),))
     modules: list[nn.Module] = [*model_layers(model, source.family), model]
     for module in modules:
-        fully_shard(module, **mesh)
+        # The outermost too: gathered weights that stayed would be those that were rounded for an evaluation.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return model

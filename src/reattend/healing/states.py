@@ -18,6 +18,7 @@ from reattend import processes
 from reattend.checkpoint.header import TensorSpec, render_header
 from reattend.checkpoint.tensors import TORCH_DTYPES, tensor_bytes
 from reattend.errors import Failure, first_line
+from reattend.healing.splitting import spread, whole
 
 _STATE = "state.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
@@ -120,32 +121,6 @@ class States:
                 os.fsync(stream.fileno())
         if self._main:
             partial.rename(self._folder / file)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU, gathered where it is split over processes; all of them must call it."""
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.cpu()
-
-
-def spread(place: Tensor, value: Tensor | None) -> None:
-    """Fill `place` in every process with the main one's `value`, or with the part of it that the process holds."""
-    import torch.distributed as dist
-
-    many = dist.is_initialized() and dist.get_world_size() > 1
-    local = place.to_local() if hasattr(place, "to_local") else place
-    full = torch.empty(place.shape, dtype=place.dtype) if value is None else value
-    if not many:
-        local.copy_(full)
-        return
-    # The step counts of AdamW stay on the CPU, where some backends can't send from.
-    full = full.to(torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu")
-    dist.broadcast(full, 0)
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(place, DTensor):
-        full = distribute_tensor(full, place.device_mesh, place.placements, src_data_rank=None).to_local()
-    local.copy_(full)
 
 
 def _best(record: Record) -> str:
