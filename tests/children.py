@@ -13,7 +13,9 @@ import reattend
 from reattend.checkpoint import staging
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "reattend.pipeline.execution", "reattend.quantize.int8.transform", "reattend.healing.step"])
+CONTEXT.set_forkserver_preload(
+    ["pytest", "reattend.pipeline.execution", "reattend.quantize.int8.transform", "reattend.healing.step"]
+)
 
 
 def apply_slowly(model: Path, out: Path, started: Connection) -> None:

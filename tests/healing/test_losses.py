@@ -16,7 +16,9 @@ def test_by_hand():
     # Teacher (1/2, 1/2), student (1/4, 3/4): KL = 1/2 ln 2 + 1/2 ln 2/3.
     student = torch.tensor([[[1.0, 3.0]]], dtype=torch.float64).log()
     teacher = torch.zeros(1, 1, 2, dtype=torch.float64)
-    assert kl_divergence(student, teacher).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-12)
+    assert kl_divergence(student, teacher).item() == pytest.approx(
+        0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-12
+    )
     assert kl_divergence(teacher, teacher).item() == 0
     # Temperature 2 takes the root of the odds, 1 : sqrt 3, and the result four times.
     root = math.sqrt(3)
@@ -44,7 +46,9 @@ def test_against_torch_in_fp64():
 def test_half_precision_is_widened():
     logits = torch.tensor([[[20.0, 0.0, 0.0]]], dtype=torch.bfloat16)
     # In bfloat16 the probabilities would add up to 1 exactly, and the loss of the likely one to 0.
-    assert next_token_loss(logits, torch.tensor([[0]])).item() == pytest.approx(math.log1p(2 * math.exp(-20)), rel=1e-3, abs=5e-9)
+    assert next_token_loss(logits, torch.tensor([[0]])).item() == pytest.approx(
+        math.log1p(2 * math.exp(-20)), rel=1e-3, abs=5e-9
+    )
     assert relative_error([logits], [logits]).dtype == torch.float32
 
 
@@ -68,7 +72,10 @@ def settings(**changes):
 
 def gradient(models, sizes, family=FAMILIES["llama"]):
     student, teacher, ids = models
-    objective, watch = Objective(student, family, settings(**ALL)), Recorder(teacher, family, settings(**ALL), teacher=True)
+    objective, watch = (
+        Objective(student, family, settings(**ALL)),
+        Recorder(teacher, family, settings(**ALL), teacher=True),
+    )
     student.zero_grad()
     parts = []
     for micro in ids.split(sizes):
@@ -99,7 +106,9 @@ def test_parts_are_those_of_the_model(double_models):
         raw[name] = [*output.hidden_states[1:-1], inputs[0]], output
     (ours, output), (theirs, other) = raw["student"], raw["teacher"]
     assert parts[2].item() == pytest.approx(output.loss.item(), rel=1e-6)  # transformers computes it in fp32
-    expected = torch.stack([((a - b).norm(dim=-1) / b.norm(dim=-1)).square().mean() for a, b in zip(ours, theirs, strict=True)])
+    expected = torch.stack(
+        [((a - b).norm(dim=-1) / b.norm(dim=-1)).square().mean() for a, b in zip(ours, theirs, strict=True)]
+    )
     assert parts[1].item() == pytest.approx(expected.mean().item(), rel=1e-9)
     soft = [(logits[:, :-1] / 2).log_softmax(-1) for logits in (output.logits, other.logits)]
     kl = functional.kl_div(soft[0].flatten(0, 1), soft[1].flatten(0, 1), log_target=True, reduction="batchmean")
@@ -112,7 +121,9 @@ def test_outliers_are_those_of_attention_and_ffn_outputs(double_models):
     outputs = []
     for layer in student.model.layers:
         for module in (layer.self_attn, layer.mlp):
-            module.register_forward_hook(lambda m, i, output: outputs.append(output[0] if isinstance(output, tuple) else output))
+            module.register_forward_hook(
+                lambda m, i, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+            )
     with torch.no_grad():
         student(ids)
     excess = [(output.abs().amax(-1) / 0.5 - 1).clamp_min(0).square().mean() for output in outputs]

@@ -15,9 +15,18 @@ from reattend.errors import DeadEndError
 from reattend.families.source import Source
 from reattend.healing.batches import batch_of, rate, share
 from reattend.healing.objective import PARTS, Objective, Recorder, Seen, see
-from reattend.healing.parameters import as_written, find_parameters, matches, once, optimiser_for, trained_specs
+from reattend.healing.parameters import (
+    as_written,
+    choose_trained,
+    find_parameters,
+    matches,
+    once,
+    optimiser_for,
+    trained_specs,
+)
+from reattend.healing.scales import Scaled, scales_of
 from reattend.healing.settings import Settings
-from reattend.healing.splitting import is_split, local
+from reattend.healing.splitting import is_split
 from reattend.healing.states import Record, States
 from reattend.progress import Progress
 
@@ -43,8 +52,10 @@ class Trainer:
         self._teacher = teacher
         self._watch = Recorder(teacher, source.family, settings, teacher=True) if teacher is not None else None
         self._objective = Objective(student, source.family, settings)
-        self._stored = find_parameters(student, source, settings)
+        every = find_parameters(student, source)
+        self._stored = choose_trained(every, source, settings)
         self._parameters = once(self._stored)
+        self._scaled = Scaled(self._parameters, scales_of(self._parameters, every))
         self._optimiser = optimiser_for(self._parameters, settings)
         self._wrapped: nn.Module | None = None
 
@@ -97,7 +108,8 @@ class Trainer:
         if not (bool(parts.isfinite().all()) and math.isfinite(norm)):
             raise DeadEndError(f"heal: step {step + 1}: the loss is {float(parts[0])}, its gradient's norm {norm}: "
                                "lower learning_rate, or raise warmup")  # fmt: skip
-        self._optimiser.step()
+        with self._scaled.divided():
+            self._optimiser.step()
         self._optimiser.zero_grad()
         return [float(parts[0]), norm, *parts[1:].tolist()]
 
@@ -142,11 +154,11 @@ class Trainer:
         return self._accelerator.prepare_model(self._objective)  # type: ignore[no-any-return]
 
     def _clip(self) -> float:
-        """Return the norm of the gradient, which is then at most `clip_norm`.
+        """Return the norm of the gradient (of rows scaled to 1), which is then at most `clip_norm`.
 
         In fp64: sums of millions of squares in fp32 differ in the fifth digit by how they are split.
         """
-        gradients = [local(p.grad) for p in self._parameters.values() if p.grad is not None]
+        gradients = self._scaled.gradients()
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
         square = torch.stack(norms).square().sum()
         norm = float((self._sum(square) if is_split(self._objective) else square).sqrt())

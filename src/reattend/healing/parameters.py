@@ -37,24 +37,25 @@ def _tied(source: Source) -> set[str]:
     return {name for name in names if name in source.tensors} if source.tied else set()
 
 
-def find_parameters(model: Any, source: Source, settings: Settings) -> dict[str, nn.Parameter]:
-    """Return the parameter of each trained tensor by the tensor's name; tensors that are tied have the same one.
+def find_parameters(model: Any, source: Source) -> dict[str, nn.Parameter]:
+    """Return the parameter of each stored tensor by the tensor's name; tensors that are tied have the same one.
 
-    Freezes all others. Raises `Refusal` where the model has a parameter that no tensor of the checkpoint holds.
+    Raises `Refusal` where the model has a parameter that no tensor of the checkpoint holds.
     """
-    held = {name: _parameter(model, name) for name in source.tensors}
+    held = {name: parameter for name in source.tensors if (parameter := _parameter(model, name)) is not None}
     known = {id(parameter) for parameter in held.values()}
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:
             raise Refusal(f"heal: parameter {name!r} of {type(model).__name__} is stored under another name or shape")
+    return held
+
+
+def choose_trained(every: Mapping[str, nn.Parameter], source: Source, settings: Settings) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained; freeze the others."""
+    for parameter in every.values():
         parameter.requires_grad_(False)
-    found = {}
-    for spec in trained_specs(source, settings):
-        parameter = held[spec.name]
-        if parameter is not None:
-            parameter.requires_grad_(True)
-            found[spec.name] = parameter
-    return found
+    names = (spec.name for spec in trained_specs(source, settings))
+    return {name: every[name].requires_grad_(True) for name in names if name in every}
 
 
 def once(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -42,7 +42,9 @@ class Settings(BaseModel):
     batch: _Count = Field(8, description="windows per step, over all processes")
     micro_batch: _Count = Field(1, description="windows per forward pass of one process")
     windows: _Count | None = Field(None, description="windows drawn from the training text; none: all of it")
-    learning_rate: _Positive = Field(1e-5, description="largest rate; it falls to 0 as a cosine")
+    learning_rate: _Positive = Field(
+        3e-4, description="largest change per step relative to each row's size; falls to 0 as a cosine"
+    )
     new_learning_rate: _Positive | None = Field(None, description="the same for the new tensors; none: as the others")
     warmup: _CountOrNone = Field(20, description="steps of linear warm-up, again when the other tensors join")
     clip_norm: _Positive | None = Field(1.0, description="largest norm of the gradient; none: as it is")

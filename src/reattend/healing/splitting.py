@@ -26,13 +26,19 @@ def whole(tensor: Tensor) -> Tensor:
 
 def spread(place: Tensor, value: Tensor | None) -> None:
     """Fill `place` in every process with the main one's `value`, or with the part of it that the process holds."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     full = torch.empty(place.shape, dtype=place.dtype) if value is None else value
     if dist.is_initialized() and dist.get_world_size() > 1:
         # AdamW's counts of steps stay on the CPU, where some backends can't send from.
         full = full.to(torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu")
         dist.broadcast(full, 0)
-    if isinstance(place, DTensor):
-        full = distribute_tensor(full, place.device_mesh, place.placements, src_data_rank=None).to_local()
-    local(place).copy_(full)
+    local(place).copy_(split_like(full, place))
+
+
+def split_like(value: Tensor, place: Tensor) -> Tensor:
+    """Return the rows of `value`, the same in every process, that go with this process's part of `place`."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    value = value.to(place.device)
+    if not isinstance(place, DTensor):
+        return value
+    return distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None).to_local()

@@ -68,7 +68,9 @@ class Heal(Settings):
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
         """Train; put the best weights into `statistics`, in the dtypes in which they are written."""
         if self.batch % processes.count():
-            raise Refusal(f"heal: batch: {self.batch} windows can't be shared evenly by {processes.count()} processes")
+            raise Refusal(
+                f"heal: batch: {self.batch} windows can't be shared evenly by {processes.count()} processes"
+            )
         where = passes.setting
         teacher = self._teacher(where)
         key = _key(teacher)
