@@ -49,7 +49,7 @@ def test_killed_again_and_again(student, teacher, tmp_path, undisturbed):
         while child.is_alive() and written(state) in (0, before):
             time.sleep(0.01)
         child.join(0.04 * kills)
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()
         child.join()
         kills += child.exitcode == -signal.SIGKILL
         assert child.exitcode in (0, -signal.SIGKILL)
