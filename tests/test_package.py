@@ -22,6 +22,7 @@ FOLDERS = {
 }
 # package -> what of ours it may import
 ALLOWED = {
+    "__main__": {"cli"},
     "errors": set(),
     "progress": set(),
     "processes": set(),

@@ -60,7 +60,7 @@ def see(model: nn.Module, recorder: Recorder, ids_BT: Tensor, precision: str) ->
     half = torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=precision == "bf16")
     with half, recorder.recording() as (hidden, written):
         logits = model(ids_BT, use_cache=False).logits[:, :-1]
-    return Seen(logits, hidden, written)
+    return Seen(logits, hidden, [output.view(*ids_BT.shape, -1) for output in written])  # OPT's FFN has (B x T, E)
 
 
 class Objective(nn.Module):
