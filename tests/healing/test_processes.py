@@ -108,6 +108,9 @@ def test_what_several_processes_cannot_do(student, teacher, tmp_path, monkeypatc
     monkeypatch.setattr("reattend.processes.agree", lambda value: value)
     with pytest.raises(Refusal, match="batch: 4 windows can't be shared evenly by 3 processes"):
         heal(student, tmp_path / "out", teacher)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(Refusal, match="ACCELERATE_USE_FSDP is set: use torchrun, and shard: true"):
+        heal(student, tmp_path / "out", teacher, batch=3)
     monkeypatch.setattr("reattend.pipeline.execution.check_device", lambda device: None)
     with pytest.raises(Refusal, match=r"several processes take cpu, or cuda"):
         heal(student, tmp_path / "out", teacher, {"device": "cuda:1"})

@@ -8,11 +8,11 @@ import click
 
 from reattend import processes
 from reattend.cli.console import progress, show
-from reattend.cli.streams import put, tell
+from reattend.cli.recipes import as_json, recipes
+from reattend.cli.streams import tell
 from reattend.errors import Failure, Refusal
 from reattend.modeling.dtypes import DTYPES
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 resume = click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 device = click.option("--device", default="cpu", show_default=True, help="Where tensors are computed: cpu, cuda:0.")
@@ -239,60 +239,6 @@ def evaluate(model: str, text: str, as_json: bool, **options: Any) -> None:
     with progress() as report:
         result = reattend.evaluate(model, text, progress=report, **options)
     show(result, as_json=as_json)
-
-
-@click.group()
-def recipes() -> None:
-    """List, show and copy the built-in recipes; print the JSON schema."""
-
-
-@recipes.command("list")
-@as_json
-def list_recipes(as_json: bool) -> None:
-    """List the built-in recipes."""
-    import yaml
-
-    from reattend.recipes.schema import builtin_recipes
-
-    texts = builtin_recipes()
-    show({name: yaml.safe_load(text)["description"] for name, text in texts.items()}, as_json=as_json)
-
-
-def _builtin(name: str) -> str:
-    from reattend.recipes.schema import builtin_recipes
-
-    texts = builtin_recipes()
-    if name not in texts:
-        raise Refusal(f"{name}: no such recipe; built in are {', '.join(texts)}")
-    return texts[name]
-
-
-@recipes.command("show")
-@click.argument("name")
-def show_recipe(name: str) -> None:
-    """Print a built-in recipe."""
-    put(_builtin(name), nl=False)
-
-
-@recipes.command("copy")
-@click.argument("name")
-@click.argument("file")
-def copy_recipe(name: str, file: str) -> None:
-    """Copy a built-in recipe to FILE, to be edited."""
-    text = _builtin(name)
-    try:
-        with Path(file).open("x", encoding="utf-8") as stream:
-            stream.write(text)
-    except OSError as error:
-        raise Refusal(f"{file}: {error.strerror}") from error
-
-
-@recipes.command("schema")
-def schema() -> None:
-    """Print the JSON schema of recipes."""
-    from reattend.recipes.schema import json_schema
-
-    put(json.dumps(json_schema(), indent=2))
 
 
 @click.command()

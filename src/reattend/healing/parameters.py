@@ -54,8 +54,10 @@ def choose_trained(every: Mapping[str, nn.Parameter], source: Source, settings: 
     """Return the parameters that are trained; freeze the others."""
     for parameter in every.values():
         parameter.requires_grad_(False)
-    names = (spec.name for spec in trained_specs(source, settings))
-    return {name: every[name].requires_grad_(True) for name in names if name in every}
+    trained = {spec.name: every[spec.name] for spec in trained_specs(source, settings) if spec.name in every}
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    return trained
 
 
 def once(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,7 @@ class Heal(Settings):
 
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
         """Train; put the best weights into `statistics`, in the dtypes in which they are written."""
-        if self.batch % processes.count():
-            raise Refusal(
-                f"heal: batch: {self.batch} windows can't be shared evenly by {processes.count()} processes"
-            )
+        self._check_processes()
         where = passes.setting
         teacher = self._teacher(where)
         key = _key(teacher)
@@ -86,6 +84,14 @@ class Heal(Settings):
         record = Trainer(self, source, data, student, model).run(record, states, where.progress)
         if processes.rank() == 0:
             self._keep(source, record, states, statistics)
+
+    def _check_processes(self) -> None:
+        many = processes.count()
+        if self.batch % many:
+            raise Refusal(f"heal: batch: {self.batch} windows can't be shared evenly by {many} processes")
+        for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() not in ("false", "0"):
+                raise Refusal(f"heal: ACCELERATE_USE_{engine} is set: use torchrun, and shard: true for FSDP")
 
     def _teacher(self, where: Setting) -> Path | None:
         """Return the teacher's folder; none where no loss needs one."""
