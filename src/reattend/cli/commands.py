@@ -1,6 +1,5 @@
 """The commands: parse, call one library function, print its report."""
 
-import json
 from pathlib import Path
 from typing import Any
 
