@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 import warnings
@@ -40,8 +41,9 @@ def test_settings_that_do_not_go_together(student, teacher, tmp_path):
         heal(student, tmp_path / "out", teacher, new=["*.mlp.*"], new_steps=9)
     with pytest.raises(Refusal, match="teacher does nothing without kl or hidden"):
         heal(student, tmp_path / "out", teacher, kl=0.0, labels=1.0)
-    with pytest.raises(Refusal, match=r"the model would be its own teacher, with nothing to learn: name one"):
-        heal(student, tmp_path / "out", None)
+    for own in (None, student):
+        with pytest.raises(Refusal, match=r"the model would be its own teacher, with nothing to learn: name one"):
+            heal(student, tmp_path / "out", own)
     assert not any(tmp_path.iterdir())
 
 
@@ -55,6 +57,16 @@ def test_teachers(student, tmp_path):
     with pytest.raises(Refusal, match=r"heal: hidden: .*deep has 3 layers of 32, the model 2 of 32"):
         heal(student, tmp_path / "out", deep, hidden=1.0)
     heal(student, tmp_path / "out", deep, steps=1)  # logits alone go together
+    tokenizer = json.loads((deep / "tokenizer.json").read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (deep / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    with pytest.raises(Refusal, match=r"heal: teacher: .*deep has another vocabulary than .*student"):
+        heal(student, tmp_path / "again", deep, steps=1)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (deep / file).unlink()
+    with pytest.raises(Refusal, match=r"deep: has no tokenizer that says whether its tokens are those of the model"):
+        heal(student, tmp_path / "again", deep, steps=1)
 
 
 def test_texts(student, teacher, tmp_path):

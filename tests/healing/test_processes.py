@@ -10,6 +10,7 @@ from pairs import QUICK, TEXTS, heal, weights
 import reattend
 from children import CONTEXT, heal_together
 from reattend.errors import Refusal
+from reattend.recipes.schema import parse_recipe
 
 
 def free_port():
@@ -114,6 +115,8 @@ def test_what_several_processes_cannot_do(student, teacher, tmp_path, monkeypatc
     monkeypatch.setattr("reattend.pipeline.execution.check_device", lambda device: None)
     with pytest.raises(Refusal, match=r"several processes take cpu, or cuda"):
         heal(student, tmp_path / "out", teacher, {"device": "cuda:1"})
-    with pytest.raises(Refusal, match="only a recipe of one step takes them, which is heal"):
-        reattend.apply("int8", student, tmp_path / "out")
+    two = parse_recipe({"steps": [{"step": "heal"}, {"step": "int8"}], "window": 32}, "test")
+    with pytest.raises(Refusal, match="several processes: they take heal alone; run the other steps before"):
+        reattend.apply(two, student, tmp_path / "out")
     assert not any(tmp_path.iterdir())
+    reattend.apply("int8", student, tmp_path / "out")  # what one of several processes does for itself

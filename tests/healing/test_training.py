@@ -77,7 +77,7 @@ def test_eval_refuses_both_texts_and_those_of_the_teacher(healed, student, tmp_p
         other[purpose] = tmp_path / f"{word}.txt"
         other[purpose].write_text(" ".join(f"{word}{n}" for n in range(900)))
     heal(student, tmp_path / "again", out, steps=1, **other)
-    with pytest.raises(Refusal, match="shares text with the earlier calibration, of the teacher"):
+    with pytest.raises(Refusal, match="shares text with the teacher's earlier calibration text"):
         check_unused(read_text(TEXTS["text"]), tmp_path / "again")
 
 

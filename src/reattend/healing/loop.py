@@ -193,6 +193,8 @@ class Trainer:
 
     def _sum(self, values: Tensor) -> Tensor:
         """Sum over the processes."""
+        if processes.count() == 1:
+            return values.cpu()
         summed: Tensor = self._accelerator.reduce(values.to(self._device), "sum")
         return summed.cpu()
 

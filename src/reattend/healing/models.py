@@ -14,7 +14,7 @@ from reattend.errors import Refusal
 from reattend.families.source import Source
 from reattend.healing.parameters import trained_specs
 from reattend.healing.settings import Settings
-from reattend.modeling.loading import free_bytes, load
+from reattend.modeling.loading import free_bytes, load, load_tokenizer
 
 
 def training_bytes(source: Source, settings: Settings) -> int:
@@ -35,6 +35,15 @@ def check_memory(source: Source, settings: Settings, device: str) -> None:
     needed, free = training_bytes(source, settings) // (processes.count() if own else 1), free_bytes(device)
     if needed > free:
         raise Refusal(f"heal: training needs {needed} bytes on {device} and activations, {free} are free")
+
+
+def check_tokenizers(folder: Path, teacher: Path) -> None:
+    """Refuse a teacher to which the same ids are other tokens."""
+    ours, theirs = load_tokenizer(folder), load_tokenizer(teacher)
+    if theirs is None:
+        raise Refusal(f"{teacher}: has no tokenizer that says whether its tokens are those of the model")
+    if ours.get_vocab() != theirs.get_vocab():
+        raise Refusal(f"heal: teacher: {teacher} has another vocabulary than {folder}")
 
 
 def load_student(folder: Path, source: Source, settings: Settings, device: str) -> Any:

@@ -19,7 +19,7 @@ from reattend.errors import Refusal
 from reattend.families.attention_kinds import KEY
 from reattend.families.source import Source, source_of
 from reattend.healing.loop import Data, Trainer
-from reattend.healing.models import check_memory, load_student, load_teacher, training_bytes
+from reattend.healing.models import check_memory, check_tokenizers, load_student, load_teacher, training_bytes
 from reattend.healing.objective import PARTS
 from reattend.healing.parameters import TRAINED, matches, trained_specs
 from reattend.healing.settings import Settings
@@ -97,11 +97,13 @@ class Heal(Settings):
         """Return the teacher's folder; none where no loss needs one."""
         if not self.distils:
             return None
-        if self.teacher is not None:
-            return open_files(self.teacher).download()
-        if where.base == where.folder and not (self.labels or self.outliers or self.norm_decay or self.weight_decay):
+        teacher = where.base if self.teacher is None else open_files(self.teacher).download()
+        own = teacher.resolve() == where.folder.resolve()
+        if own and not (self.labels or self.outliers or self.norm_decay or self.weight_decay):
             raise Refusal("heal: the model would be its own teacher, with nothing to learn: name one (--teacher)")
-        return where.base
+        if self.teacher is not None and not own:
+            check_tokenizers(where.folder, teacher)
+        return teacher
 
     def _keep(self, source: Source, record: Record, states: States, statistics: Statistics) -> None:
         if record.best:

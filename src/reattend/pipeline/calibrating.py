@@ -87,9 +87,10 @@ class Calibration:
     def records(self) -> dict[str, Any]:
         """Return what an output remembers of the texts, so that none of them is measured on."""
         records: dict[str, Any] = {}
-        for teacher in self.plan.teachers:
+        for number, teacher in enumerate(self.plan.teachers, 1):
+            whose = "teacher's" if number == 1 else f"teacher {number}'s"
             earlier = earlier_texts(open_checkpoint(teacher))
-            records |= {f"{purpose}, of the teacher {teacher}": record for purpose, record in earlier.items()}
+            records |= {f"{whose} {purpose}": record for purpose, record in earlier.items()}
         return records | {
             purpose: {"sha256": text.sha256, "shingles": text.fingerprint} for purpose, text in self.texts.items()
         }

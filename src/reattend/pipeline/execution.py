@@ -75,26 +75,30 @@ def apply(
     if not isinstance(files, LocalFolder):
         plan(recipe, model)  # what can't be done is refused before a Hub repository is downloaded
     planned = plan(recipe, files.download())
-    _check_processes(planned, device)
+    together = _together(planned, device)
     run = _Run(planned, prepare(planned, device, progress), progress)
     target = _target(planned, Path(out))
-    if processes.rank():
+    if together and processes.rank():
         _follow(run)
         return planned
     with Staging(target, run.key(), resume=resume, overwrite=overwrite) as staging:
-        processes.join(device)
-        processes.agree(run.calibration.pending(staging))
+        if together:
+            processes.join(device)
+            processes.agree(run.calibration.pending(staging))
         _run_or_clear(run, staging)
     return settle(planned, read_findings(target)[-1])
 
 
-def _check_processes(planned: Plan, device: str) -> None:
-    if processes.count() == 1:
-        return
-    if [stage.name in COLLECTIVE for stage in planned.stages] != [True]:
-        raise Refusal(f"several processes: only a recipe of one step takes them, which is {' or '.join(COLLECTIVE)}")
+def _together(planned: Plan, device: str) -> bool:
+    """Whether several processes run this plan together. Raises `Refusal` where they can't."""
+    collective = [stage.name in COLLECTIVE for stage in planned.stages]
+    if processes.count() == 1 or not any(collective):
+        return False
+    if len(collective) > 1:
+        raise Refusal(f"several processes: they take {' or '.join(COLLECTIVE)} alone; run the other steps before")
     if device not in ("cpu", "cuda"):
         raise Refusal(f"device {device!r}: several processes take cpu, or cuda and then each its own")
+    return True
 
 
 def _follow(run: _Run) -> None:
