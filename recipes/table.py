@@ -4,6 +4,9 @@ TRANSFORMS = {
     "int8": "reattend.quantize.int8.transform:Int8",
     "int8_layout": "reattend.quantize.int8.layout:Int8Layout",
     "int8_attention": "reattend.quantize.attention.transform:Int8Attention",
+    "portable": "reattend.convert.portable.transform:Portable",
+    "gates": "reattend.convert.gates.transform:Gates",
+    "clipped_softmax": "reattend.convert.clipped_softmax.transform:ClippedSoftmax",
     "mla": "reattend.convert.mla.transform:Mla",
     "heal": "reattend.healing.step:Heal",
 }

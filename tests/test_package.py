@@ -9,7 +9,9 @@ import pytest
 import transformers
 
 import reattend
+from reattend.families.portable import FORMAT, PORTABLE
 from reattend.families.rows import FAMILIES
+from reattend.modeling.portable import configuration_reattend
 from reattend.recipes.schema import builtin_recipes, load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +35,7 @@ ALLOWED = {
     "texts": {"errors"},
     "modeling": {"checkpoint", "errors", "families", "kernels", "quantize"},
     "calibration": {"errors", "families", "kernels", "texts"},
-    "evaluation": {"checkpoint", "errors", "families", "modeling", "progress", "texts"},
+    "evaluation": {"calibration", "checkpoint", "errors", "families", "kernels", "modeling", "progress", "texts"},
     "healing": {
         "calibration",
         "checkpoint",
@@ -45,7 +47,7 @@ ALLOWED = {
         "transform",
     },
     "kernels": set(),
-    "convert": {"calibration", "checkpoint", "convert", "errors", "families", "transform"},
+    "convert": {"calibration", "checkpoint", "convert", "errors", "families", "kernels", "transform"},
     "quantize": {"calibration", "checkpoint", "errors", "families", "kernels", "quantize", "transform"},
     "recipes": {"errors"},
     "pipeline": {
@@ -126,7 +128,18 @@ def test_changelog_names_the_version():
 
 @pytest.mark.parametrize("row", FAMILIES.values(), ids=FAMILIES)
 def test_defaults_are_those_of_transformers(row):
-    config = transformers.AutoConfig.for_model(row.model_type)
+    if row.model_type in PORTABLE:
+        config = getattr(configuration_reattend, PORTABLE[row.model_type].config)()
+    else:
+        config = transformers.AutoConfig.for_model(row.model_type)
     for key, value in row.defaults.items():
         assert getattr(config, key) == value, key
     assert all(hasattr(config, key) for s, key in row.keys.items() if s not in ("head_dim", "kv_heads", "experts"))
+
+
+def test_code_that_stands_alone_agrees_on_its_format_and_imports_nothing_of_ours():
+    assert configuration_reattend.FORMAT == FORMAT
+    for classes in PORTABLE.values():
+        for name, content in classes.code():
+            assert b"import reattend" not in content, name
+            assert b"from reattend" not in content, name

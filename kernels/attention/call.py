@@ -30,24 +30,26 @@ def read_call(mask: Tensor | None, scaling: float | None, causal: bool, more: Ma
     """Return what a call asks for.
 
     `mask` is None (then `causal` says), int32 (B, 1, 1, 4), which are `Options.ranges` of causal attention and its
-    window (0: none), or bool, broadcast to (B, H, S, T), which is all that counts. Of `more`, `softcap` and `s_aux`
-    are read; a `sliding_window` is in the mask already, or of no effect, as with sdpa. Raises
-    `ValueError` for what nothing here computes; a keyword that is merely unknown is named once in the log.
+    window (0: none), or bool, broadcast to (B, H, S, T), which is all that counts. Of `more`, `softcap`, `s_aux`,
+    `gamma` and `zeta` (of clipped softmax) are read; a `sliding_window` is in the mask already, or of no effect, as
+    with sdpa. Raises `ValueError` for what nothing here computes; a keyword that is merely unknown is named once in
+    the log.
     """
     given = {name: value for name, value in more.items() if value is not None and value is not False}
     for name in _REFUSED:
         if name in given:
             raise ValueError(f"attention 'reattend' does not know {name!r}; use attn_implementation='sdpa'")
-    softcap, sinks = (given.pop(name, None) for name in ("softcap", "s_aux"))
+    softcap, sinks, gamma = (given.pop(name, None) for name in ("softcap", "s_aux", "gamma"))
+    how: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "gamma": gamma, "zeta": given.pop("zeta", 1.0)}
     for name in sorted(given.keys() - NO_MATTER):
         _log_once(name)
     if mask is None:
-        return Options(causal, scaling, softcap=softcap, sinks=sinks)
+        return Options(causal, scaling, **how)
     if mask.dtype == torch.int32:
         window = getattr(mask, "window", None)
         window = int(mask[0, 0, 0, 3]) if window is None else window
-        return Options(True, scaling, window or None, softcap, ranges=mask[:, 0, 0, :3], sinks=sinks)
-    return Options(False, scaling, None, softcap, mask=mask, sinks=sinks)
+        return Options(True, scaling, window or None, ranges=mask[:, 0, 0, :3], **how)
+    return Options(False, scaling, mask=mask, **how)
 
 
 @functools.cache

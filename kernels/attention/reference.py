@@ -12,14 +12,18 @@ from reattend.kernels.attention.options import Options
 def attention(query_BHSD: Tensor, key_BGTD: Tensor, value_BGTV: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, S, V) and the log-sum-exp (B, H, S), in the dtype that was computed in."""
     dtype = torch.float64 if query_BHSD.dtype == torch.float64 else torch.float32
-    score_BHST = scores(query_BHSD, key_BGTD, options, dtype)
+    weight_BHST, lse_BHS = weights(scores(query_BHSD, key_BGTD, options, dtype), options)
+    return mix(weight_BHST, value_BGTV), lse_BHS
+
+
+def weights(score_BHST: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Return what scores become (B, H, S, T), 0 where they are -inf, and their log-sum-exp (B, H, S)."""
     lse_BHS = torch.logsumexp(score_BHST, -1)
     if options.sinks is not None:
-        lse_BHS = torch.logaddexp(lse_BHS, options.sinks.to(dtype)[:, None])
+        lse_BHS = torch.logaddexp(lse_BHS, options.sinks.to(score_BHST.dtype)[:, None])
     # An empty row's -inf would make NaN of -inf - -inf.
     floor_BHS = torch.where(torch.isinf(lse_BHS), 0.0, lse_BHS)
-    weight_BHST = _clipped(torch.exp(score_BHST - floor_BHS[..., None]), options)
-    return mix(weight_BHST, value_BGTV), lse_BHS
+    return _clipped(torch.exp(score_BHST - floor_BHS[..., None]), options), lse_BHS
 
 
 def scores(query_BHSD: Tensor, key_BGTD: Tensor, options: Options, dtype: torch.dtype) -> Tensor:

@@ -142,6 +142,7 @@ class Int8Attention(BaseModel):
 
 
 _REFUSED = {
+    "clipped_softmax": "clips its softmax, which quantised attention does not compute",
     "soft_cap": "has soft-capped scores, which quantised attention does not compute",
     "encoder": "is an encoder, and its attention is not causal",
 }

@@ -45,8 +45,8 @@ def check_smoothing(source: Source) -> None:
     family = source.family
     if not family.feeds:
         raise Refusal(f"int8: outliers: {family.model_type} has no place that smoothing could use")
-    post_norm = not source.get("do_layer_norm_before") or source.get("activation_function") != "relu"
-    if family.model_type == "opt" and post_norm:
+    post_norm = source.get("do_layer_norm_before") is False
+    if post_norm or source.get("activation_function") not in (None, "relu"):
         raise Refusal("int8: outliers: OPT can be smoothed with do_layer_norm_before and a ReLU only")
     for prefix in (source.layer_prefix(layer) for layer in range(source.num_layers)):
         for feed in family.feeds:

@@ -285,7 +285,7 @@ def test_masks_of_one_row_and_refused_combinations():
     row = LEFT.bool()[:, None, None]
     want = torch.nn.functional.scaled_dot_product_attention(q, q, q, row)
     torch.testing.assert_close(attend(module, q, q, q, row)[0], want.transpose(1, 2))
-    with pytest.raises(ValueError, match="sinks and soft caps are not computed with dropout"):
+    with pytest.raises(ValueError, match="sinks, soft caps and clipping are not computed with dropout"):
         attend(module, q, q, q, None, dropout=0.1, s_aux=torch.zeros(2))
 
 

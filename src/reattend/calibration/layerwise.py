@@ -78,7 +78,7 @@ def layer_passes(
     All texts must have the same window length. A layer that the consumer did not `run` is run after it. The
     weights are on `device` only while their layer is current.
     """
-    layers = model_layers(model, family)
+    layers = layers_in(model, family)
     hidden, arguments = _first_inputs(model, layers, tokens)
     for index, layer in enumerate(layers):
         with _resident(layer, torch.device(device)):
@@ -92,7 +92,7 @@ def window_losses(model: Any, family: Family, ids_WT: Tensor, hidden_WTE: Tensor
     """Return each window's mean next-token loss in nats (W,), fp64, given what the last layer put out for it."""
     first = _Given()
     losses = []
-    with _replaced(model_layers(model, family), first, _Recorder), _resident(model, _input_device(model)):
+    with _replaced(layers_in(model, family), first, _Recorder), _resident(model, _input_device(model)):
         for ids, hidden in zip(ids_WT, hidden_WTE, strict=True):
             first.hidden = hidden[None].to(_input_device(model))
             with torch.inference_mode():
@@ -101,8 +101,8 @@ def window_losses(model: Any, family: Family, ids_WT: Tensor, hidden_WTE: Tensor
     return torch.stack(losses)
 
 
-def model_layers(model: nn.Module, family: Family) -> nn.ModuleList:
-    """Return a model's layers. Raises `Failure` where they are not where the family's row says."""
+def layers_in(model: nn.Module, family: Family) -> nn.ModuleList:
+    """Return the layers of a model, in order. Raises `Failure` where they are not at the family's place."""
     for name in (family.prefix + family.layer, family.layer):
         try:
             found = model.get_submodule(name)

@@ -229,6 +229,10 @@ def _fail_on(problems: list[str], out: str) -> None:
 @click.option("--window", default=2048, show_default=True, help="Tokens in a window.")
 @click.option("--windows", type=click.IntRange(1), help="Windows to measure [default: all].")
 @click.option("--dtype", default="auto", show_default=True, help=", ".join(DTYPES))
+@click.option("--outliers", is_flag=True, help="Also inf-norms, kurtosis and attention to the first token, by layer.")
+@click.option(
+    "--static-calibration", metavar="TEXT", help="With --outliers: simulate static W8A8, ranges from this text."
+)
 @device
 @as_json
 def evaluate(model: str, text: str, as_json: bool, **options: Any) -> None:

@@ -6,27 +6,33 @@ difference is paired by window, with the delta method for the exponential. Log-s
 
 import math
 import os
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
+from reattend.calibration.tokens import sample_tokens
 from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import open_checkpoint
-from reattend.errors import Failure, Refusal, first_line
+from reattend.errors import Failure, Refusal
+from reattend.evaluation import static_perplexity as static
+from reattend.evaluation.losses import nll_of, perplexity_of, stderr
+from reattend.evaluation.outliers import OutlierMeter
+from reattend.evaluation.subject import Subject
 from reattend.evaluation.unused import check_unused
 from reattend.families.source import Source, source_of
 from reattend.modeling.int8 import on_kernels
 from reattend.modeling.loading import check_dtype, load, load_tokenizer
 from reattend.progress import Progress, silent
-from reattend.texts.reading import read_text
+from reattend.texts.reading import Text, read_text
 from reattend.texts.windows import Windows, read_windows
 
 Path: TypeAlias = str | os.PathLike[str]
-_MOST_NATS = 700.0  # its exponential is near the largest double
+Row: TypeAlias = tuple[float, float, float, float]
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 (what the command takes)
     model: Path,
     text: Path,
     *,
@@ -35,6 +41,8 @@ def evaluate(
     windows: int | None = None,
     dtype: str = "auto",
     device: str = "cpu",
+    outliers: bool = False,
+    static_calibration: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure `model` on a text (a file or `dataset:..`), in disjoint windows; all of them, or `windows`.
@@ -42,56 +50,75 @@ def evaluate(
     Returns `perplexity`, `perplexity_stderr` (None for a single window), `bits_per_byte`, `tokens` (number
     predicted) and how they were measured; with `against`, measured on the same tokens, also
     `base_perplexity`, `delta` and `delta_stderr` (perplexity), `kl_mean` (nats, base || model, per
-    token) and `top1_agreement` (share of tokens). Raises `Refusal` for a text on which the model was
-    calibrated or chosen.
+    token) and `top1_agreement` (share of tokens). With `outliers` also `outliers` and, of `against`,
+    `base_outliers`: see docs/outliers.md; an encoder has these alone. `static_calibration`, another text, adds
+    to them the perplexity in static W8A8, simulated. Raises `Refusal` for a text on which the model was
+    calibrated or chosen, and for a calibration text that shares text with the measured one.
     """
-    sources = [_check(path, window) for path in (model, against) if path is not None]
+    named = [path for path in (model, against) if path is not None]
+    sources = [_check(path, window, outliers) for path in named]
     if windows is not None and windows < 1:
         raise Refusal(f"windows: {windows}, expected 1 or more")
     check_dtype(dtype)
     content = read_text(text)
-    for measured in (model, against):
-        if measured is not None:
-            check_unused(content, measured)
-    folder = open_files(model).download()
-    tokenizer = _tokenizer(model, folder)
+    for measured in named:
+        check_unused(content, measured)
+    calibration = _calibration(static_calibration, content, outliers, named, sources)
+    folders = [open_files(path).download() for path in named]
+    tokenizer = _tokenizer(model, folders[0])
     bos_each = "bos_every_window" in sources[0].family.features
     cut = read_windows(content, tokenizer, window=window, windows=windows, bos_each=bos_each)
-    base_folder = None if against is None else open_files(against).download()
-    if base_folder is not None:
-        _check_tokenizers(tokenizer, load_tokenizer(base_folder), cut)
+    drawn = None
+    if calibration is not None:
+        count = static.CALIBRATION_WINDOWS
+        drawn = sample_tokens(calibration, tokenizer, windows=count, window=window, bos_each=bos_each)
+    if against is not None:
+        _check_tokenizers(tokenizer, load_tokenizer(folders[1]), cut)
     # What an output does on its own hardware is to be measured, also here: so int8 attention is simulated.
-    subject, base = (
-        None if path is None else _Subject(str(name), load(path, dtype=dtype, device=device, simulate=True).model)
-        for name, path in ((model, folder), (against, base_folder))
-    )
-    assert subject is not None
-    rows = []
-    for number, ids in enumerate(cut.ids, 1):
-        rows.append(_measure(subject, base, ids))
-        progress("evaluating", number, len(cut.ids))
-    _check_exponential([row[:2] for row in rows], subject, base)
-    report = {"model": str(model), "text": str(text), **_summary([r[0] for r in rows], cut, window)}
-    report["dtype"] = str(subject.model.dtype).removeprefix("torch.")
-    report["attention"] = subject.model.config._attn_implementation
-    report["runtime"] = "reattend kernels" if on_kernels(subject.model) else "transformers"
-    return report | (_comparison(rows) if base is not None else {})
+    models = [load(folder, dtype=dtype, device=device, simulate=True).model for folder in folders]
+    subjects = [Subject(str(p), m, s.family) for p, m, s in zip(named, models, sources, strict=True)]
+    rows, meters = _measured(subjects, cut, outliers, progress)
+    report = {"model": str(model), "text": str(text), **_summary(subjects, rows, cut, window)}
+    report["dtype"] = str(subjects[0].model.dtype).removeprefix("torch.")
+    report["attention"] = subjects[0].model.config._attn_implementation
+    report["runtime"] = "reattend kernels" if on_kernels(subjects[0].model) else "transformers"
+    if rows and against is not None:
+        report |= _comparison(rows, subjects[1])
+    for key, subject, meter in zip(("outliers", "base_outliers"), subjects, meters, strict=False):
+        report[key] = meter.report()
+        if drawn is not None:
+            report[key] |= static.static_perplexity(subject, drawn, torch.tensor(cut.ids), progress)
+    return report if calibration is None else report | static.record(calibration)
 
 
-def _check(model: Path, window: int) -> Source:
+def _check(model: Path, window: int, outliers: bool) -> Source:
     source = source_of(open_checkpoint(model))
-    if "encoder" in source.family.features:
-        raise Refusal(f"{model}: {source.family.model_type} is an encoder, perplexity is not defined for it")
+    if "encoder" in source.family.features and not outliers:
+        kind = source.family.model_type
+        raise Refusal(f"{model}: {kind} is an encoder, perplexity is not defined for it; outliers can be measured")
     limit = source.get("max_position_embeddings") or source.get("n_positions")
     if window < 2 or (isinstance(limit, int) and window > limit):
         raise Refusal(f"window: {window} tokens, {model} takes 2 {f'to {limit}' if limit else 'or more'}")
     return source
 
 
+def _calibration(
+    text: Path | None, measured: Text, outliers: bool, models: Sequence[Path], sources: Sequence[Source]
+) -> Text | None:
+    """Read the text that static ranges come from, once it is clear that they can be used."""
+    if text is None:
+        return None
+    if not outliers:
+        raise Refusal("static_calibration: is for outlier metrics alone; ask for outliers too")
+    for model, source in zip(models, sources, strict=True):
+        static.check_simulated(model, source)
+    return static.read_calibration(text, measured)
+
+
 def _tokenizer(model: Path, folder: Path) -> Any:
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
-        raise Refusal(f"{model}: has no tokenizer, and perplexity needs one")
+        raise Refusal(f"{model}: has no tokenizer, and measuring on a text needs one")
     return tokenizer
 
 
@@ -101,85 +128,60 @@ def _check_tokenizers(tokenizer: Any, other: Any, cut: Windows) -> None:
         raise Refusal("the two models cut the text into different tokens, so they can't be compared")
 
 
-class _Subject(NamedTuple):
-    """A model that is measured, and what to call it."""
-
-    name: str
-    model: Any
-
-    def log_probs(self, tokens: Tensor) -> Tensor:
-        """Return the log probabilities of what follows each token of one window."""
-        device = self.model.device
-        try:
-            with torch.inference_mode():
-                output = self.model(tokens if device.type == "meta" else tokens.to(device))
-        except Exception as error:  # foreign code, and token ids that the model does not know
-            raise Failure(f"{self.name}: can't be run: {type(error).__name__}: {first_line(error)}") from error
-        logits = getattr(output, "logits", None)
-        if logits is None:
-            raise Failure(f"{self.name}: {type(self.model).__name__} gives no logits, and perplexity needs them")
-        if not torch.isfinite(logits).all():
-            raise Failure(f"{self.name}: its logits hold NaN or inf")
-        return torch.log_softmax(logits[0, :-1].float(), -1).cpu()
+def _measured(
+    subjects: Sequence[Subject], cut: Windows, outliers: bool, progress: Progress
+) -> tuple[list[Row], list[OutlierMeter]]:
+    """Run all windows; return their means, none where a model does not predict, and what was seen of outliers."""
+    meters = [OutlierMeter(subject.model, subject.family) for subject in subjects if outliers]
+    rows = []
+    with ExitStack() as stack:
+        for meter in meters:
+            stack.enter_context(meter.watching())
+        for number, ids in enumerate(cut.ids, 1):
+            rows.append(_measure(subjects, ids))
+            progress("evaluating", number, len(cut.ids))
+    return [row for row in rows if row is not None], meters
 
 
-def _measure(subject: _Subject, base: _Subject | None, ids: list[int]) -> tuple[float, float, float, float]:
-    """Return one window's means: own NLL, base NLL, KL (nats), top-1 agreement."""
+def _measure(subjects: Sequence[Subject], ids: list[int]) -> Row | None:
+    """Return one window's means: own NLL, base NLL, KL (nats), top-1 agreement; None where a model has none."""
     tokens = torch.tensor([ids])
-    ours = subject.log_probs(tokens)
-    nll = _nll(ours, tokens)
-    if base is None:
+    if not all(subject.predicts for subject in subjects):
+        for subject in subjects:
+            subject.run(tokens)
+        return None
+    ours, *others = [subject.log_probs(tokens) for subject in subjects]
+    nll = nll_of(ours, tokens)
+    if not others:
         return nll, 0.0, 0.0, 0.0
-    theirs = base.log_probs(tokens)
+    (theirs,) = others
     if theirs.shape != ours.shape:
-        raise Failure(f"{base.name}: has {theirs.shape[-1]} tokens, {subject.name} has {ours.shape[-1]}")
+        sizes = f"has {theirs.shape[-1]} tokens, {subjects[0].name} has {ours.shape[-1]}"
+        raise Failure(f"{subjects[1].name}: {sizes}")
     kl = (theirs.exp() * (theirs - ours)).sum(-1).double().mean()
     agree = (theirs.argmax(-1) == ours.argmax(-1)).double().mean()
-    return nll, _nll(theirs, tokens), float(kl), float(agree)
+    return nll, nll_of(theirs, tokens), float(kl), float(agree)
 
 
-def _nll(log_probs: Tensor, tokens: Tensor) -> float:
-    return float(-log_probs.gather(-1, tokens[0, 1:, None]).double().mean())
+def _summary(subjects: Sequence[Subject], rows: list[Row], cut: Windows, window: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if rows:
+        nlls = [row[0] for row in rows]
+        value, error = perplexity_of(subjects[0].name, nlls)
+        tokens = len(nlls) * (window - 1)
+        bits = sum(nlls) / len(nlls) * tokens / math.log(2) / cut.nbytes if cut.nbytes else None
+        found = {"perplexity": value, "perplexity_stderr": error, "bits_per_byte": bits, "tokens": tokens}
+    return found | {"window": window, "windows": len(cut.ids), "bos": cut.bos, "text_sha256": cut.text_sha256}
 
 
-def _check_exponential(nlls: list[tuple[float, float]], *subjects: _Subject | None) -> None:
-    """Fail where a perplexity would be no number."""
-    means = torch.tensor(nlls, dtype=torch.float64).mean(0)
-    for subject, mean in zip(subjects, means.tolist(), strict=True):
-        if subject is not None and not math.isfinite(mean):
-            raise Failure(f"{subject.name}: the mean loss is {mean}")
-        if subject is not None and mean > _MOST_NATS:
-            raise Failure(f"{subject.name}: the mean loss is {mean:.5g} nats, too much for a perplexity")
-
-
-def _stderr(values: Tensor) -> float | None:
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
-
-
-def _summary(nlls: list[float], cut: Windows, window: int) -> dict[str, Any]:
-    means = torch.tensor(nlls, dtype=torch.float64)
-    mean = float(means.mean())
-    tokens = len(nlls) * (window - 1)
-    bits = mean * tokens / math.log(2) / cut.nbytes if cut.nbytes else None
-    return {
-        "perplexity": math.exp(mean),
-        "perplexity_stderr": _stderr(math.exp(mean) * means),
-        "bits_per_byte": bits,
-        "tokens": tokens,
-        "window": window,
-        "windows": len(nlls),
-        "bos": cut.bos,
-        "text_sha256": cut.text_sha256,
-    }
-
-
-def _comparison(rows: list[tuple[float, float, float, float]]) -> dict[str, Any]:
+def _comparison(rows: list[Row], base: Subject) -> dict[str, Any]:
     ours, theirs, kl, agree = torch.tensor(rows, dtype=torch.float64).T
-    after, before = float(ours.mean().exp()), float(theirs.mean().exp())
+    after = float(ours.mean().exp())
+    before, _ = perplexity_of(base.name, theirs.tolist())
     return {
         "base_perplexity": before,
         "delta": after - before,
-        "delta_stderr": _stderr(after * ours - before * theirs),
+        "delta_stderr": stderr(after * ours - before * theirs),
         "kl_mean": float(kl.mean()),
         "top1_agreement": float(agree.mean()),
     }

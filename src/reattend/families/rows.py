@@ -8,7 +8,7 @@ that a transform can refuse by name. Dimension symbols in shapes: `hidden`, `q` 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -28,7 +28,11 @@ class Feed:
 
 @dataclass(frozen=True)
 class Family:
-    """One row. `linears` maps a module name inside a layer to its (out, in) dimension symbols."""
+    """One row. `linears` maps a module name inside a layer to its (out, in) dimension symbols.
+
+    `attention` is the module that computes attention; `attention_output` and `feed_forward_output` are the linears
+    whose outputs the residual stream takes up; a family with experts has none of the latter name.
+    """
 
     model_type: str
     prefix: str
@@ -40,6 +44,9 @@ class Family:
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     feeds: tuple[Feed, ...] = ()
+    attention: str = "self_attn"
+    attention_output: str = "self_attn.o_proj"
+    feed_forward_output: str = "mlp.down_proj"
 
 
 _LLAMA_KEYS = {
@@ -103,7 +110,7 @@ WITH_QUERY_LATENT = _latent(
 
 _BERT_ATTENTION = {f"attention.self.{n}": ("hidden", "hidden") for n in ("query", "key", "value")}
 
-FAMILIES = {
+_STOCK = {
     row.model_type: row
     for row in (
         _llama_like("llama", tie_word_embeddings=False),
@@ -144,7 +151,7 @@ FAMILIES = {
                 **{f"self_attn.{n}": ("hidden", "hidden") for n in ("q_proj", "k_proj", "v_proj", "out_proj")},
                 "fc1": ("ffn", "hidden"), "fc2": ("hidden", "ffn"),
             },
-            frozenset({"qkv_bias", "learned_positions"}),
+            frozenset({"qkv_bias", "learned_positions", "projected_embedding"}),  # to another width than hidden
             keys={**_LLAMA_KEYS, "ffn": "ffn_dim"},
             defaults={"tie_word_embeddings": True, "do_layer_norm_before": True, "activation_function": "relu"},
             feeds=(
@@ -153,6 +160,7 @@ FAMILIES = {
                 Feed("self_attn.v_proj", ("self_attn.out_proj",)),
                 Feed("fc1", ("fc2",)),  # through a ReLU, which passes positive factors
             ),
+            attention_output="self_attn.out_proj", feed_forward_output="fc2",
         ),
         Family(
             "gpt2", "transformer.", "h", "wte",
@@ -167,6 +175,7 @@ FAMILIES = {
                 "vocab": "vocab_size",
             },
             defaults={"tie_word_embeddings": True},
+            attention="attn", attention_output="attn.c_proj", feed_forward_output="mlp.c_proj",
         ),
         Family(
             "bert", "bert.", "encoder.layer", "embeddings.word_embeddings",
@@ -176,6 +185,35 @@ FAMILIES = {
             },
             frozenset({"encoder", "qkv_bias", "learned_positions"}),
             head="cls.predictions.decoder", keys=_LLAMA_KEYS, defaults={"tie_word_embeddings": True},
+            attention="attention.self",
+            attention_output="attention.output.dense", feed_forward_output="output.dense",
         ),
     )
 }  # fmt: skip
+
+# The portable models by the rows whose names and shapes they have.
+_PORTABLE = {
+    "reattend": _llama_like("reattend", tie_word_embeddings=False),
+    "reattend_opt": replace(_STOCK["opt"], model_type="reattend_opt"),
+    "reattend_bert": replace(_STOCK["bert"], model_type="reattend_bert"),
+}
+FAMILIES = _STOCK | _PORTABLE
+# What a portable config switches on, as features.
+_SWITCHES = {
+    "attention_bias": "qkv_bias", "qk_norm": "qk_norm", "sliding_window": "window", "attention_gates": "gates",
+    "clipped_softmax": "clipped_softmax",
+}  # fmt: skip
+
+
+def portable_row(config: Mapping[str, Any]) -> Family:
+    """Return the row of a portable model, with the features that its config switches on."""
+    row = _PORTABLE[config["model_type"]]
+    features = {feature for key, feature in _SWITCHES.items() if config.get(key) not in (None, False)}
+    # A gate reads what the attention's norm puts out, too, and not always through a linear layer.
+    feeds = tuple(f for f in row.feeds if "gates" not in features or f.consumers != _PROJECTIONS)
+    return replace(row, features=row.features | features, feeds=feeds)
+
+
+def is_portable(model_type: object) -> bool:
+    """Whether a model type is one of the portable models'."""
+    return isinstance(model_type, str) and model_type in _PORTABLE

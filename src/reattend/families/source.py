@@ -10,7 +10,7 @@ from typing import Any
 from reattend.checkpoint.header import BITS, TensorSpec
 from reattend.checkpoint.index import Checkpoint
 from reattend.errors import Refusal
-from reattend.families.rows import FAMILIES, WITH_QUERY_LATENT, Family
+from reattend.families.rows import FAMILIES, WITH_QUERY_LATENT, Family, is_portable, portable_row
 
 _PACKED = ".weight_packed"
 # What quantisers store beside a weight, to decode it or to scale what it meets: part of the format, not of the model.
@@ -127,7 +127,7 @@ def describe(
     source = Source(config, family, tensors, prefix)
     _check_keys(source)
     expected = dict(source.linears())
-    if family.model_type != "opt":  # OPT may project between embedding and hidden size
+    if "projected_embedding" not in family.features:
         expected[prefix + family.embedding] = (source.size("vocab"), source.size("hidden"))
     for module, shape in expected.items():
         _check_weight(source, module, shape, shards)
@@ -177,6 +177,8 @@ def _widths(packed: TensorSpec, config: Mapping[str, Any]) -> set[int]:
 
 def _family(config: Mapping[str, Any]) -> Family | None:
     name = config.get("model_type")
+    if is_portable(name):
+        return portable_row(config)
     if name == "deepseek_v3":
         if config.get("first_k_dense_replace") != config.get("num_hidden_layers"):
             raise Refusal("config.json: first_k_dense_replace: deepseek_v3 with experts is not supported")

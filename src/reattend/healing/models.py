@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from reattend import processes
-from reattend.calibration.layerwise import model_layers
+from reattend.calibration.layerwise import layers_in
 from reattend.errors import Refusal
 from reattend.families.source import Source
 from reattend.healing.parameters import trained_specs
@@ -50,7 +50,7 @@ def load_student(folder: Path, source: Source, settings: Settings, device: str) 
     """Load the model to train: weights in fp32."""
     model, _ = load(folder, dtype="float32", device=_first_place(settings, device), runtime="stock", offload=False)
     if settings.recompute:
-        for layer in model_layers(model, source.family):
+        for layer in layers_in(model, source.family):
             layer.forward = partial(recomputed, layer.forward, use_reentrant=False)
     return _sharded(model, source, settings, device)
 
@@ -79,7 +79,7 @@ def _sharded(model: Any, source: Source, settings: Settings, device: str) -> Any
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(torch.device(device).type, (processes.count(),))
-    modules: list[nn.Module] = [*model_layers(model, source.family), model]
+    modules: list[nn.Module] = [*layers_in(model, source.family), model]
     for module in modules:
         # The outermost too: gathered weights that stayed would be those that were rounded for an evaluation.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reattend.calibration.layerwise import model_layers
+from reattend.calibration.layerwise import layers_in
 from reattend.families.rows import Family
 from reattend.healing.losses import kl_divergence, next_token_loss, outlier_excess, relative_error
 from reattend.healing.settings import Settings
@@ -31,7 +31,7 @@ class Recorder:
     def __init__(self, model: nn.Module, family: Family, settings: Settings, *, teacher: bool = False) -> None:
         self._on = False
         self._kept: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for layer in model_layers(model, family):
+        for layer in layers_in(model, family):
             if settings.hidden:
                 layer.register_forward_hook(self._keeping(0))
             for name in family.linears if settings.outliers and not teacher else ():

@@ -112,9 +112,10 @@ def attend(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention as transformers calls it: query (B, H, S, D), key (B, G, T, D), value (B, G, T, V).
 
-    Returns the output (B, S, H, V) and no weights. `softcap` and `s_aux` (sinks) are computed, a sliding window is
-    part of the mask; dropout and additive masks run through sdpa, said once in the log. A keyword that would change
-    the result and is not known raises `ValueError`; one that is merely unknown is named once in the log.
+    Returns the output (B, S, H, V) and no weights. `softcap`, `s_aux` (sinks), `gamma` and `zeta` (clipped
+    softmax) are computed, a sliding window is part of the mask; dropout
+    and additive masks run through sdpa, said once in the log. A keyword that would change the result and is not
+    known raises `ValueError`; one that is merely unknown is named once in the log.
     """
     if _is_single(query, attention_mask, more):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -123,8 +124,8 @@ def attend(
     options = read_call(attention_mask, scaling, is_causal_call(module, is_causal), more)
     stock = _stock_reason(attention_mask, dropout)
     if stock is not None:
-        if options.sinks is not None or options.softcap is not None:
-            raise ValueError(f"attention 'reattend': sinks and soft caps are not computed with {stock}")
+        if options.sinks is not None or options.softcap is not None or options.is_clipped:
+            raise ValueError(f"attention 'reattend': sinks, soft caps and clipping are not computed with {stock}")
         _log_once(f"sdpa, because of {stock}")
         seen = attention_mask if options.ranges is None else visible(options, key, query.shape[2])
         return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -172,8 +173,8 @@ def _int8(
     if how is None or _stock_reason(mask, dropout or 0.0) is not None:
         return attend(module, *tensors, mask, **more)
     options = read_call(mask, scaling, is_causal_call(module, is_causal), rest)
-    if options.softcap is not None or options.mask is not None:
-        _log_once("exact, because soft caps and masks other than ranges of keys are computed by exact attention only")
+    if options.softcap is not None or options.mask is not None or options.is_clipped:
+        _log_once("exact, because soft caps, clipping and masks other than ranges of keys are not quantised")
         return attend(module, *tensors, mask, **more)
     with _one_dtype(*tensors) as cast:
         return attention_int8(*cast, options, how, backend=backend).transpose(1, 2).contiguous(), None

@@ -17,7 +17,7 @@ from reattend.checkpoint.tensors import ShardReader
 from reattend.errors import Failure, Refusal
 from reattend.kernels.int8_linear import Outliers
 from reattend.kernels.int8_linear.reference import quantize_rows
-from reattend.modeling.architecture import model_class
+from reattend.modeling.architecture import model_class, model_config
 from reattend.modeling.int8 import Int8Linear, fuse_linears, replace_linears
 from reattend.modeling.int8_outliers import read_outliers
 from reattend.quantize.int8.declared import declared_outliers, layout_of, scheme
@@ -76,10 +76,9 @@ def runs_on_kernels(config: Mapping[str, Any]) -> bool:
 
 
 def _empty_model(config: Mapping[str, Any], path: Path, dtype: str) -> nn.Module:
-    import transformers
     from accelerate import init_empty_weights
 
-    stock = transformers.AutoConfig.from_pretrained(path)
+    stock = model_config(path, dict(config))
     if hasattr(stock, "quantization_config"):
         del stock.quantization_config
     if not config.get("architectures"):

@@ -1,5 +1,6 @@
 """load(): a checkpoint, converted or not, as a running model with its tokenizer."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from reattend.checkpoint.index import Checkpoint, open_checkpoint
 from reattend.errors import Failure, ReattendError, Refusal
 from reattend.families.attention_kinds import KEY, declared_kinds
 from reattend.families.source import numbers
-from reattend.modeling.architecture import model_class, told
+from reattend.modeling.architecture import model_class, model_config, told
 from reattend.modeling.dtypes import DTYPES
 from reattend.modeling.int8_loading import load_int8, runs_on_kernels
 
@@ -105,11 +106,12 @@ def _take_over(path: Path, model: Any, checkpoint: Checkpoint, simulate: bool) -
 def choose_attention(path: Path, model: Any, config: dict[str, Any], *, simulate: bool = False) -> None:
     """Switch a model that runs sdpa to our attention: where its config declares quantised layers, and on a CPU.
 
-    On a GPU exact attention stays torch's, which is as fast. Raises `Refusal` for a declaration that nothing can run.
+    On a GPU exact attention stays torch's, which is as fast, but for clipped softmax, which torch has not. Raises
+    `Refusal` for a declaration that nothing can run.
     """
     declared = declared_kinds(config, getattr(model.config, "num_hidden_layers", 0), f"{path}/config.json")
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-    if declared is None and on_gpu:
+    if declared is None and on_gpu and not config.get("clipped_softmax"):
         return
     now = model.config._attn_implementation
     if not model._supports_attention_backend or now != "sdpa":
@@ -227,9 +229,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     if not any(Path(path).glob("tokenizer*")) and not (Path(path) / "vocab.json").exists():
         return None
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, **_config_of_code(Path(path)))
     except Exception as error:
         raise Failure(f"{path}: its tokenizer can't be loaded: {told(error)}") from error
+
+
+def _config_of_code(path: Path) -> dict[str, Any]:
+    """Return the config of a folder with code of its own, which AutoTokenizer would want to run for it."""
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    return {"config": model_config(path, config)} if config.get("auto_map") else {}
 
 
 def _check_config(path: Path, checkpoint: Checkpoint) -> None:

@@ -73,9 +73,9 @@ def _load(folder: Path, scratch: Path) -> tuple[Any, list[str]]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    names = json.loads((folder / "config.json").read_text("utf-8")).get("architectures")
-    kind = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
-    model, info = kind.from_pretrained(folder, dtype="float32", output_loading_info=True, **_places(folder, scratch))
+    kind, trust = _loader(json.loads((folder / "config.json").read_text("utf-8")))
+    options = {"dtype": "float32", "output_loading_info": True, **trust, **_places(folder, scratch)}
+    model, info = kind.from_pretrained(folder, **options)
     problems = [
         f"{kind_}: {sorted(map(str, info[kind_]))[0]} (of {len(info[kind_])})"
         for kind_ in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -85,6 +85,17 @@ def _load(folder: Path, scratch: Path) -> tuple[Any, list[str]]:
         if parameter.is_floating_point() and parameter.device.type != "meta":
             parameter.data = parameter.data.float()
     return model.eval(), problems
+
+
+def _loader(config: dict[str, Any]) -> tuple[Any, dict[str, bool]]:
+    """Return what loads a config's architecture, and with which trust: `verify` has looked at code beforehand."""
+    import transformers
+
+    names = config.get("architectures")
+    for auto, reference in (config.get("auto_map") or {}).items():
+        if names and reference.endswith(f".{names[0]}"):
+            return getattr(transformers, auto), {"trust_remote_code": True}
+    return getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM, {}
 
 
 def _logits(model: Any, ids: list[int]) -> Any:

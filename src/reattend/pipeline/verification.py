@@ -12,6 +12,7 @@ from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import MANIFEST, Checkpoint, fingerprint, open_checkpoint, read_json
 from reattend.errors import Failure, Refusal
 from reattend.families.attention_kinds import check_kinds
+from reattend.families.portable import portable_classes
 from reattend.families.source import source_of
 from reattend.modeling.int8_outliers import check_outliers
 from reattend.modeling.loading import load_tokenizer
@@ -39,6 +40,7 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
     check_kinds(checkpoint.files.name, described)
     manifest = _manifest(checkpoint)
     folder = open_files(out).download()
+    _check_code(folder, checkpoint)
     source = None if against is None else _source(manifest, against)
     ids = _token_ids(checkpoint, folder)
     # The source comes first: what loading quantised weights may change in the process must not reach it.
@@ -68,6 +70,18 @@ def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
     if not number or not isinstance(manifest.get("source"), str):
         raise Refusal(f"{checkpoint.files.name}/{MANIFEST}: is damaged")
     return manifest
+
+
+def _check_code(folder: Path, checkpoint: Checkpoint) -> None:
+    """Refuse to run code that is not what this version of reattend puts into an output."""
+    classes = portable_classes(checkpoint.config)
+    if classes is None:
+        if checkpoint.config.get("auto_map"):
+            raise Refusal(f"{folder}/config.json: auto_map: names code that is not reattend's; it is not run")
+        return
+    for name, content in classes.code():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+            raise Refusal(f"{folder}/{name}: is not the code of this version of reattend; it is not run")
 
 
 def _source(manifest: dict[str, Any], against: str | os.PathLike[str]) -> Path:

@@ -1,0 +1,1 @@
+"""Gates on the output of attention heads."""

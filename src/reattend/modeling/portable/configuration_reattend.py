@@ -1,0 +1,108 @@
+"""Configurations of the portable models. Copied into checkpoints: needs transformers only.
+
+Each is a stock configuration and what a stock architecture has no key for:
+
+    attention_gates   {"kind": ..., "hidden": ...} or None: see `attention_reattend.AttentionGate`
+    clipped_softmax   {"zeta": .., "gamma": one number, or per layer a list of one per head} or None
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig, LlamaConfig, OPTConfig
+
+FORMAT = 1  # rises when older code could no longer run what newer code writes
+
+
+class _Optional:
+    """What the configurations have in common."""
+
+    num_attention_heads: int
+    num_hidden_layers: int
+    attention_gates: dict | None
+    clipped_softmax: dict | None
+    reattend_format: int
+
+    def check_optional_parts(self) -> None:
+        """Raise `ValueError` for a format or an optional part that this code does not know."""
+        if self.reattend_format != FORMAT:
+            raise ValueError(f"reattend_format is {self.reattend_format!r}, and this code knows {FORMAT}")
+        clipping = self.clipped_softmax
+        if clipping is not None:
+            gamma, zeta = clipping["gamma"], clipping.get("zeta", 1.0)
+            rows = gamma if isinstance(gamma, list) else [[gamma] * self.num_attention_heads] * self.num_hidden_layers
+            shape = {len(row) for row in rows}, len(rows)
+            if shape != ({self.num_attention_heads}, self.num_hidden_layers):
+                raise ValueError("clipped_softmax: gamma is neither a number nor one per head in a list per layer")
+            if zeta < 1 or any(value > 0 for row in rows for value in row):
+                raise ValueError("clipped_softmax: zeta is below 1 or a gamma above 0")
+
+    def gammas(self, layer: int) -> list[float] | None:
+        """Return the gamma of each head of a layer, or None where softmax is not clipped."""
+        if self.clipped_softmax is None:
+            return None
+        gamma = self.clipped_softmax["gamma"]
+        return list(gamma[layer]) if isinstance(gamma, list) else [gamma] * self.num_attention_heads
+
+
+@strict
+class ReattendConfig(_Optional, LlamaConfig):
+    """The Llama family: Llama, Mistral, Qwen2, Qwen3. `layer_types` says which layers attend in a window.
+
+    `attention_bias` is that of q_proj, k_proj and v_proj, `output_bias` that of o_proj.
+    """
+
+    model_type = "reattend"
+    base_model_tp_plan = {
+        **LlamaConfig.base_model_tp_plan,
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.gate.proj": "colwise",
+    }
+
+    output_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    attention_gates: dict | None = None
+    clipped_softmax: dict | None = None
+    reattend_format: int = FORMAT
+
+    def __post_init__(self, **kwargs):
+        """Fill in `layer_types`; see the class."""
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+        self.check_optional_parts()
+
+    def validate_architecture(self):
+        """Heads need not fill the hidden size: `head_dim` says how wide they are."""
+
+
+@strict
+class ReattendOPTConfig(_Optional, OPTConfig):
+    """OPT with optional parts."""
+
+    model_type = "reattend_opt"
+    attention_gates: dict | None = None
+    clipped_softmax: dict | None = None
+    reattend_format: int = FORMAT
+
+    def __post_init__(self, **kwargs):
+        """See the class."""
+        super().__post_init__(**kwargs)
+        self.check_optional_parts()
+
+
+@strict
+class ReattendBertConfig(_Optional, BertConfig):
+    """BERT with optional parts."""
+
+    model_type = "reattend_bert"
+    attention_gates: dict | None = None
+    clipped_softmax: dict | None = None
+    reattend_format: int = FORMAT
+
+    def __post_init__(self, **kwargs):
+        """See the class."""
+        super().__post_init__(**kwargs)
+        self.check_optional_parts()
