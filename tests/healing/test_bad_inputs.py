@@ -144,7 +144,7 @@ def test_command_line(student, teacher, tmp_path, monkeypatch, capsys):
     assert err.splitlines()[-1].startswith("reattend: error: heal: the model would be its own teacher")
     code, out, err = call(monkeypatch, capsys, *given, "--teacher", teacher, *settings)
     assert code == 0, err
-    assert "best_step" in out
+    assert "kept_step" in out
     told = [line for line in err.splitlines() if line.startswith("healing: ")]
     assert told[-1].startswith("healing: 768 of 768 tokens, ")
     assert "tokens/s, loss " in told[-1]

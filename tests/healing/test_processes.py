@@ -54,7 +54,7 @@ def test_torchrun(student, teacher, tmp_path):
         capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["findings"][0]["best_step"]  # one report, of the first process
+    assert json.loads(done.stdout)["findings"][0]["kept_step"]  # one report, of the first process
     heal(student, tmp_path / "one", teacher)
     check_alike(tmp_path / "one", tmp_path / "two", student)
 

@@ -168,28 +168,34 @@ class Trainer:
         return norm
 
     def _evaluate(self, record: Record, states: States) -> None:
-        """Measure the weights as they would be written; keep them where they are the best so far."""
+        """Measure the weights as they would be written; keep them where they are the best so far, or the last."""
         with as_written(self._parameters, self._source):
-            loss = self._selection_loss()
-            if not loss < _MOST_NATS:
-                raise DeadEndError(f"heal: step {record.step}: the loss on the selection text is {loss}")
-            better = loss < record.best_loss
-            record.evaluations.append((record.step, loss))
+            loss, nats = self._measure()
+            if not (math.isfinite(loss) and nats < _MOST_NATS):
+                raise DeadEndError(f"heal: step {record.step}: the loss on the selection text is {loss}: "
+                                   "lower learning_rate, or raise warmup")  # fmt: skip
+            better = loss < record.best_loss or self.settings.keep == "last"
+            record.evaluations.append((record.step, loss, nats))
             if better:
                 record.best = record.step
                 if record.step:  # else the input holds them
                     states.save_best(record, self._stored, trained_specs(self._source, self.settings))
 
-    def _selection_loss(self) -> float:
-        """Return the mean loss on the selection text, nats per token; every process runs as many windows."""
+    def _measure(self) -> list[float]:
+        """Return the weighted loss on the selection text and the next-token loss, nats; means over windows.
+
+        Every process runs as many windows.
+        """
         windows, ways = self._data.selection, processes.count()
-        losses = torch.zeros(len(windows), dtype=torch.float64)
+        losses = torch.zeros(len(windows), 2, dtype=torch.float64)
         for first in range(0, len(windows), ways):
             number = first + processes.rank()
-            loss = self._objective.window_loss(windows[number % len(windows)].to(self._device))
+            ids_T = windows[number % len(windows)].to(self._device)
+            measured = self._objective.measure(ids_T, self._shown(ids_T[None]))
             if number < len(windows):
-                losses[number] = loss.double().cpu()
-        return float(self._sum(losses).mean())
+                losses[number] = measured.cpu()
+        means: list[float] = self._sum(losses).mean(0).tolist()
+        return means
 
     def _sum(self, values: Tensor) -> Tensor:
         """Sum over the processes."""

@@ -74,7 +74,12 @@ class Objective(nn.Module):
 
     def forward(self, ids_BT: Tensor, teacher: Seen | None) -> tuple[Tensor, Tensor]:
         """Return the loss, and its parts unweighted and without gradient (those in `PARTS`, 0 where not asked)."""
-        seen = see(self.model, self._recorder, ids_BT, self._settings.precision)
+        return self._weigh(self._see(ids_BT), teacher, ids_BT)
+
+    def _see(self, ids_BT: Tensor) -> Seen:
+        return see(self.model, self._recorder, ids_BT, self._settings.precision)
+
+    def _weigh(self, seen: Seen, teacher: Seen | None, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         total, parts = torch.zeros((), device=ids_BT.device), []
         for name in PARTS:
             weight = getattr(self._settings, name)
@@ -94,7 +99,8 @@ class Objective(nn.Module):
         return kl_divergence(seen.logits, teacher.logits, self._settings.temperature)
 
     @torch.no_grad()
-    def window_loss(self, ids_T: Tensor) -> Tensor:
-        """Return one window's mean next-token loss, nats."""
-        seen = see(self.model, self._recorder, ids_T[None], self._settings.precision)
-        return next_token_loss(seen.logits, ids_T[None, 1:])[0]
+    def measure(self, ids_T: Tensor, teacher: Seen | None) -> Tensor:
+        """Return one window's weighted loss, and its mean next-token loss in nats (2,), fp64."""
+        seen = self._see(ids_T[None])
+        loss, _ = self._weigh(seen, teacher, ids_T[None])
+        return torch.stack((loss, next_token_loss(seen.logits, ids_T[None, 1:])[0])).double()

@@ -53,6 +53,9 @@ class Settings(BaseModel):
     )
     recompute: bool = Field(False, strict=True, description="compute activations again in the backward pass")
     shard: bool = Field(False, strict=True, description="split weights and moments over the processes (FSDP)")
+    keep: Literal["best", "last"] = Field(
+        "best", description="which weights: of the evaluation with the least loss on the selection text, or the last"
+    )
     evaluate_every: _Count = Field(100, description="steps between evaluations on the selection text")
     save_every: _Count = Field(100, description="steps that an interruption may cost")
 

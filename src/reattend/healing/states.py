@@ -27,19 +27,20 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
 @dataclass
 class Record:
     """What a run has done: `curve` holds each step's [loss, norm of the gradient, *parts of the loss]; `evaluations`
-    (step, mean loss on the selection text), nats; `best` is the step with the least; `key` is what must not change.
+    (step, weighted loss on the selection text, next-token loss there in nats); `best` is the step whose weights are
+    kept; `key` is what must not change.
     """
 
     key: str
     step: int = 0
     best: int = 0
     curve: list[list[float]] = field(default_factory=list)
-    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    evaluations: list[tuple[int, float, float]] = field(default_factory=list)
 
     @property
     def best_loss(self) -> float:
-        """The least loss on the selection text."""
-        return min((loss for _, loss in self.evaluations), default=float("inf"))
+        """The least weighted loss on the selection text."""
+        return min((loss for _, loss, _ in self.evaluations), default=float("inf"))
 
 
 class States:

@@ -40,7 +40,7 @@ class Heal(Settings):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The calibration text is trained on; the selection text says which weights are kept."""
+        """The calibration text is trained on; losses on the selection text say which weights are kept."""
         return ("calibration", "selection")
 
     def check(self, source: Source) -> list[str]:
@@ -198,5 +198,7 @@ def _findings(record: Record, settings: Settings) -> dict[str, Any]:
         for i, name in enumerate(columns)
         if i < 2 or getattr(settings, name)
     }  # fmt: skip
-    evaluations = {str(step): math.exp(loss) for step, loss in record.evaluations}
-    return {"best_step": record.best, "selection_perplexity": evaluations, "curve": curve}
+    losses = {str(step): loss for step, loss, _ in record.evaluations}
+    perplexities = {str(step): math.exp(nats) for step, _, nats in record.evaluations}
+    selection = {"selection_loss": losses, "selection_perplexity": perplexities}
+    return {"kept_step": record.best, **selection, "curve": curve}
