@@ -8,4 +8,8 @@ TRANSFORMS = {
     "gates": "reattend.convert.gates.transform:Gates",
     "clipped_softmax": "reattend.convert.clipped_softmax.transform:ClippedSoftmax",
     "mla": "reattend.convert.mla.transform:Mla",
+    "heal": "reattend.healing.step:Heal",
 }
+
+# Steps that several processes take together, each with a whole model of its own or a part of one.
+COLLECTIVE = ("heal",)

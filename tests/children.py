@@ -13,7 +13,9 @@ import reattend
 from reattend.checkpoint import staging
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "reattend.pipeline.execution", "reattend.quantize.int8.transform"])
+_PRELOADED = ("pytest", "reattend.pipeline.execution", "reattend.quantize.int8.transform", "reattend.healing.step",
+              "accelerate", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp")  # fmt: skip
+CONTEXT.set_forkserver_preload(list(_PRELOADED))
 
 
 def apply_slowly(model: Path, out: Path, started: Connection) -> None:
@@ -50,3 +52,28 @@ def apply_and_die(model: Path, out: Path, step: int) -> None:
 
     staging.Staging.commit = commit
     reattend.apply("int8", model, out, overwrite=True)
+
+
+def heal_slowly(student: Path, out: Path, run: dict, started: Connection) -> None:
+    """Take time in each training step and before each file is complete, so that a kill falls at all stages."""
+    from reattend.healing import loop, states
+
+    def slowed(old: Callable) -> Callable:
+        def new(*arguments):
+            time.sleep(0.02)
+            return old(*arguments)
+
+        return new
+
+    loop.Trainer._step = slowed(loop.Trainer._step)
+    states.os.fsync = slowed(os.fsync)
+    started.send("go")
+    reattend.heal(student, out, resume=True, **run)
+
+
+def heal_together(rank: int, port: int, student: Path, out: Path, run: dict) -> None:
+    """Be one of two processes, as torchrun starts them."""
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {key: str(value) for key, value in world.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    reattend.heal(student, out, **run)

@@ -148,7 +148,7 @@ def test_quantised_weights_are_not_offloaded_by_hand_either(tmp_path):
 
 def test_weights_go_to_the_asked_device_and_the_cpu_alone(monkeypatch):
     free = {"cuda:1": 1_000, "cpu": 10_000}
-    monkeypatch.setattr(loading, "_free_bytes", free.__getitem__)
+    monkeypatch.setattr(loading, "free_bytes", free.__getitem__)
     places = loading._placement(open_checkpoint(demo.MODEL), "auto", "cuda:1", None)
     assert places == {"device_map": "auto", "max_memory": {1: 800, "cpu": 8_000}}
 

@@ -24,16 +24,28 @@ FOLDERS = {
 }
 # package -> what of ours it may import
 ALLOWED = {
+    "__main__": {"cli"},
     "errors": set(),
     "progress": set(),
+    "processes": set(),
     "demo": set(),
     "checkpoint": {"errors"},
     "families": {"checkpoint", "errors"},
-    "transform": {"calibration", "checkpoint", "families"},
+    "transform": {"calibration", "checkpoint", "families", "progress"},
     "texts": {"errors"},
     "modeling": {"checkpoint", "errors", "families", "kernels", "quantize"},
     "calibration": {"errors", "families", "kernels", "texts"},
     "evaluation": {"calibration", "checkpoint", "errors", "families", "kernels", "modeling", "progress", "texts"},
+    "healing": {
+        "calibration",
+        "checkpoint",
+        "errors",
+        "families",
+        "modeling",
+        "processes",
+        "progress",
+        "transform",
+    },
     "kernels": set(),
     "convert": {"calibration", "checkpoint", "convert", "errors", "families", "kernels", "transform"},
     "quantize": {"calibration", "checkpoint", "errors", "families", "kernels", "quantize", "transform"},
@@ -44,12 +56,13 @@ ALLOWED = {
         "errors",
         "families",
         "modeling",
+        "processes",
         "progress",
         "recipes",
         "texts",
         "transform",
     },
-    "cli": {"demo", "errors", "modeling", "pipeline", "progress", "recipes"},
+    "cli": {"demo", "errors", "modeling", "pipeline", "processes", "progress", "recipes"},
 }
 
 

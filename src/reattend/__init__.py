@@ -9,18 +9,31 @@ if TYPE_CHECKING:
     from reattend.modeling.attention_backend import register_attention
     from reattend.modeling.loading import load
     from reattend.pipeline.execution import apply
+    from reattend.pipeline.healing import heal
     from reattend.pipeline.planning import plan
     from reattend.pipeline.sensitivity import sensitivity
     from reattend.pipeline.verification import verify
 
 __version__ = "0.1.0"
-__all__ = ["Failure", "Refusal", "apply", "evaluate", "load", "plan", "register_attention", "sensitivity", "verify"]
+__all__ = [
+    "Failure",
+    "Refusal",
+    "apply",
+    "evaluate",
+    "heal",
+    "load",
+    "plan",
+    "register_attention",
+    "sensitivity",
+    "verify",
+]
 
 # Importing torch takes seconds, and `reattend --help` must not: so a name is bound when it is asked for.
 _HOMES = {
     "Failure": "reattend.errors",
     "Refusal": "reattend.errors",
     "apply": "reattend.pipeline.execution",
+    "heal": "reattend.pipeline.healing",
     "evaluate": "reattend.evaluation.perplexity",
     "load": "reattend.modeling.loading",
     "register_attention": "reattend.modeling.attention_backend",

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reattend.checkpoint.header import TensorSpec
 from reattend.families.source import Source
+from reattend.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +23,29 @@ def layers_of(statistics: Statistics) -> list[str]:
     return sorted((name for name in statistics if name.isdigit()), key=int)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Where and on what a step calibrates.
+
+    `folder` is the model's checkpoint, `base` the one that the recipe was given; `scratch` takes files of the step's
+    own, kept across an interruption; `tokens` are ids (windows, window) by text; `seed` is the recipe's.
+    """
+
+    folder: Path
+    base: Path
+    scratch: Path
+    tokens: "Mapping[str, Tensor]"
+    seed: int
+    device: str
+    progress: Progress
+
+
 class Passes(Protocol):
-    """A model and the tokens of the step's texts."""
+    """A model, loaded when the first pass begins, and the tokens of the step's texts."""
+
+    @property
+    def setting(self) -> Setting:
+        """Where the model is, and what it is run on."""
 
     def __call__(self, *texts: str, windows: int | None = None) -> "Iterator[LayerPass]":
         """Start a pass over the layers: it reads the model's weights once more.

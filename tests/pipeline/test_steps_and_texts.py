@@ -281,9 +281,9 @@ def test_a_model_larger_than_memory_is_evaluated_and_one_that_cannot_be_is_refus
     options = {"window": 64, "windows": 2, "dtype": "float32"}
     whole = reattend.evaluate(demo.MODEL, demo.EVAL_TEXT, **options)
     reattend.apply("int8", demo.MODEL, tmp_path / "int8")
-    monkeypatch.setattr(loading, "_free_bytes", lambda device: 4_000_000)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 4_000_000)
     assert reattend.evaluate(demo.MODEL, demo.EVAL_TEXT, **options) == whole
-    monkeypatch.setattr(loading, "_free_bytes", lambda device: 3_000_000)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 3_000_000)
     with pytest.raises(Refusal, match="does not fit"):
         reattend.evaluate(tmp_path / "int8", demo.EVAL_TEXT, **options)
 

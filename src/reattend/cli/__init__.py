@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 import reattend
+from reattend import processes
 from reattend.cli.commands import COMMANDS
 from reattend.cli.signals import Stopped, stopping
 from reattend.cli.streams import flush_output, open_streams, tell
@@ -107,7 +108,7 @@ def _run() -> int:
         _tell(_usage(error))
         return error.exit_code
     except (Stopped, click.Abort, KeyboardInterrupt) as error:
-        kept = ": --resume goes on with what was written" if _asked["command"] in ("apply", "convert") else ""
+        kept = ": --resume goes on with what was written" if _asked["command"] in ("apply", "convert", "heal") else ""
         _tell(f"interrupted{kept}")
         return error.exit_code if isinstance(error, Stopped) else 130
     except Exception as error:  # noqa: BLE001 (told in one line, whatever it is)
@@ -124,4 +125,5 @@ def _usage(error: click.ClickException) -> str:
 
 
 def _tell(message: str) -> None:
-    tell(f"reattend: error: {' '.join(message.split())}")
+    who = f" (process {processes.rank()})" if processes.count() > 1 else ""
+    tell(f"reattend: error{who}: {' '.join(message.split())}")

@@ -1,17 +1,17 @@
 """The commands: parse, call one library function, print its report."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from reattend import processes
 from reattend.cli.console import progress, show
-from reattend.cli.streams import put, tell
+from reattend.cli.recipes import as_json, recipes
+from reattend.cli.streams import tell
 from reattend.errors import Failure, Refusal
 from reattend.modeling.dtypes import DTYPES
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 resume = click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 device = click.option("--device", default="cpu", show_default=True, help="Where tensors are computed: cpu, cuda:0.")
@@ -88,12 +88,19 @@ def _with_settings(recipe: Any, options: dict[str, Any]) -> Any:
 
 def _apply(recipe: Any, model: str, out: str, options: dict[str, Any]) -> None:
     import reattend
-    from reattend.pipeline.execution import read_findings
 
     recipe = _with_settings(recipe, options)
     as_json = options.pop("as_json")
     with progress() as report:
         done = reattend.apply(recipe, model, out, progress=report, **options)
+    _show_done(done, model, out, as_json)
+
+
+def _show_done(done: Any, model: str, out: str, as_json: bool) -> None:
+    from reattend.pipeline.execution import read_findings
+
+    if processes.rank():
+        return
     summary = done.summary()
     keys = ("bytes_before", "bytes_after", "ratio", "remarks")
     findings = [found for found in read_findings(Path(out)) if found]
@@ -127,6 +134,40 @@ def convert(step: str, model: str, out: str, settings: tuple[str, ...], **option
 
     recipe = parse_recipe({"steps": [{"step": step, **_settings(settings)}]}, "convert")
     _apply(recipe, model, out, options)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out")
+@click.option("--teacher", metavar="BASE", help="The model to follow: before surgery (a folder or a Hub id).")
+@click.option("--text", required=True, metavar="FILE", help="UTF-8 file to train on, or dataset:PATH.")
+@click.option(
+    "--selection", required=True, metavar="TEXT", help="Another text, on which the best weights are chosen."
+)
+@parameters
+@window
+@selection_windows
+@device
+@resume
+@overwrite
+@as_json
+def heal(
+    model: str,
+    out: str,
+    settings: tuple[str, ...],
+    window: int | None,
+    selection_windows: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fine-tune MODEL after surgery, towards BASE, and write it to the folder OUT (also under torchrun)."""
+    import reattend
+
+    shared = {"window": window, "selection_windows": selection_windows}
+    given = _settings(settings) | {key: value for key, value in shared.items() if value is not None}
+    with progress() as report:
+        done = reattend.heal(model, out, settings=given, progress=report, **options)
+    _show_done(done, model, out, as_json)
 
 
 @click.command()
@@ -203,60 +244,6 @@ def evaluate(model: str, text: str, as_json: bool, **options: Any) -> None:
     show(result, as_json=as_json)
 
 
-@click.group()
-def recipes() -> None:
-    """List, show and copy the built-in recipes; print the JSON schema."""
-
-
-@recipes.command("list")
-@as_json
-def list_recipes(as_json: bool) -> None:
-    """List the built-in recipes."""
-    import yaml
-
-    from reattend.recipes.schema import builtin_recipes
-
-    texts = builtin_recipes()
-    show({name: yaml.safe_load(text)["description"] for name, text in texts.items()}, as_json=as_json)
-
-
-def _builtin(name: str) -> str:
-    from reattend.recipes.schema import builtin_recipes
-
-    texts = builtin_recipes()
-    if name not in texts:
-        raise Refusal(f"{name}: no such recipe; built in are {', '.join(texts)}")
-    return texts[name]
-
-
-@recipes.command("show")
-@click.argument("name")
-def show_recipe(name: str) -> None:
-    """Print a built-in recipe."""
-    put(_builtin(name), nl=False)
-
-
-@recipes.command("copy")
-@click.argument("name")
-@click.argument("file")
-def copy_recipe(name: str, file: str) -> None:
-    """Copy a built-in recipe to FILE, to be edited."""
-    text = _builtin(name)
-    try:
-        with Path(file).open("x", encoding="utf-8") as stream:
-            stream.write(text)
-    except OSError as error:
-        raise Refusal(f"{file}: {error.strerror}") from error
-
-
-@recipes.command("schema")
-def schema() -> None:
-    """Print the JSON schema of recipes."""
-    from reattend.recipes.schema import json_schema
-
-    put(json.dumps(json_schema(), indent=2))
-
-
 @click.command()
 @click.option("--out", default="demo-output", show_default=True, help="Folder for the converted model.")
 @overwrite
@@ -279,4 +266,4 @@ def demo(out: str, overwrite: bool, as_json: bool) -> None:
 
 
 evaluate.name = "eval"
-COMMANDS = (inspect, plan, apply, convert, verify, evaluate, sensitivity, recipes, demo)
+COMMANDS = (inspect, plan, apply, convert, heal, verify, evaluate, sensitivity, recipes, demo)

@@ -8,17 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from reattend import processes
 from reattend.cli.report import aligned, human, table
 from reattend.cli.streams import put, tell
-from reattend.progress import Progress
+from reattend.progress import Progress, silent
 
 BYTE_PHASES = ("rewriting",)
+TOKEN_PHASES = ("healing",)
 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """A bar per phase with rate and time left on a terminal, a plain line per tenth elsewhere."""
-    if sys.stderr.isatty():
+    """A bar per phase with rate and time left on a terminal, a plain line per tenth elsewhere.
+
+    Of several processes only the first one tells.
+    """
+    if processes.rank():
+        yield silent
+    elif sys.stderr.isatty():
         with _bars() as report:
             yield report
     else:
@@ -40,9 +47,9 @@ def _bars() -> Iterator[Progress]:
     with bars.Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, bars.TaskID] = {}
 
-        def report(phase: str, done: int, total: int) -> None:
+        def report(phase: str, done: int, total: int, note: str = "") -> None:
             lap = clock.lap(phase, done)
-            amount = _amount(phase, done, total, lap)
+            amount = _amount(phase, done, total, lap) + (f", {note}" if note else "")
             if phase not in tasks:
                 tasks[phase] = bar.add_task(phase, total=total, completed=done, amount=amount)
             elif lap.fresh:
@@ -57,11 +64,12 @@ def _lines() -> Progress:
     clock = _Clock()
     told: dict[str, int] = {}
 
-    def report(phase: str, done: int, total: int) -> None:
+    def report(phase: str, done: int, total: int, note: str = "") -> None:
         lap = clock.lap(phase, done)
         tenth = 10 * done // max(total, 1)
         if tenth != (0 if lap.fresh else told[phase]):
-            tell(f"{phase}: {_amount(phase, done, total, lap)}, {lap.seconds:.1f} s")
+            noted = f", {note}" if note else ""
+            tell(f"{phase}: {_amount(phase, done, total, lap)}{noted}, {lap.seconds:.1f} s")
         told[phase] = tenth
 
     return report
@@ -93,7 +101,10 @@ class _Clock:
 
 
 def _amount(phase: str, done: int, total: int, lap: _Lap) -> str:
-    """What is done of the total, in bytes with the rate of this run, or counted."""
+    """What is done of the total, in bytes or tokens with the rate of this run, or counted."""
+    if phase in TOKEN_PHASES:
+        speed = f", {lap.done / lap.seconds:.0f} tokens/s" if lap.done and lap.seconds > 0 else ""
+        return f"{done} of {total} tokens{speed}"
     if phase not in BYTE_PHASES:
         return f"{done} of {total}"
     rate = f", {human(lap.done / lap.seconds)}/s" if lap.done and lap.seconds > 0 else ""

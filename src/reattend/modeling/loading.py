@@ -128,7 +128,7 @@ def choose_attention(path: Path, model: Any, config: dict[str, Any], *, simulate
 
 
 def _on_kernels(path: Path, checkpoint: Checkpoint, **options: Any) -> Any:
-    if checkpoint.nbytes > _SHARE_OF_MEMORY * _free_bytes(options["device"]):
+    if checkpoint.nbytes > _SHARE_OF_MEMORY * free_bytes(options["device"]):
         raise Refusal(f"{path}: does not fit into memory, and quantised weights can't be offloaded to the disk")
     try:
         return load_int8(path, **options)
@@ -167,7 +167,7 @@ def _placement(checkpoint: Checkpoint, dtype: str, device: str, offload: bool | 
     """Return where from_pretrained is to put weights: on `device` where they fit, else partly on the disk."""
     asked = offload
     if offload is None:
-        offload = _load_bytes(checkpoint, dtype) > _SHARE_OF_MEMORY * _free_bytes(device)
+        offload = _load_bytes(checkpoint, dtype) > _SHARE_OF_MEMORY * free_bytes(device)
     if not offload:
         return {"device_map": {"": device}}
     if checkpoint.config.get("quantization_config"):
@@ -186,7 +186,7 @@ def _room(device: str) -> dict[int | str, int]:
     key: int | str = kind.type
     if kind.type == "cuda":
         key = torch.cuda.current_device() if kind.index is None else kind.index
-    return {name: int(_SHARE_OF_MEMORY * _free_bytes(str(on))) for name, on in ((key, device), ("cpu", "cpu"))}
+    return {name: int(_SHARE_OF_MEMORY * free_bytes(str(on))) for name, on in ((key, device), ("cpu", "cpu"))}
 
 
 def _load_bytes(checkpoint: Checkpoint, dtype: str) -> int:
@@ -204,7 +204,8 @@ def _load_bytes(checkpoint: Checkpoint, dtype: str) -> int:
     return total
 
 
-def _free_bytes(device: str) -> int:
+def free_bytes(device: str) -> int:
+    """Return the bytes that are free on a device, for the CPU those that the system can give."""
     import psutil
     import torch
 

@@ -1,23 +1,25 @@
 """Run a step's calibration and keep its statistics on disk, so that an interrupted run does it once."""
 
+import shutil
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from reattend.calibration.layerwise import LayerPass, layer_passes, window_losses
-from reattend.calibration.tokens import sample_tokens
-from reattend.checkpoint.index import MANIFEST, Checkpoint, read_json
+from reattend.calibration.tokens import cut_tokens, draw
+from reattend.checkpoint.index import MANIFEST, Checkpoint, open_checkpoint, read_json
 from reattend.checkpoint.staging import Staging, write_whole
 from reattend.errors import Failure, Refusal, first_line
 from reattend.families.source import Source
 from reattend.modeling.loading import load, load_tokenizer
-from reattend.pipeline.planning import Plan, Stage
+from reattend.pipeline.planning import Plan, Stage, windows_of
 from reattend.progress import Progress
 from reattend.texts.reading import Text, check_separate, read_text
-from reattend.transform import Passes, Statistics
+from reattend.transform import Passes, Setting, Statistics
 
 _COMPLETE = "complete"
 
@@ -74,16 +76,22 @@ class StoredStatistics(MutableMapping[str, dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration runs with: texts and their tokens (windows, window) by purpose, device, whom to tell."""
+    """What calibration runs with: texts and all of their windows (windows, window), device, whom to tell."""
 
+    plan: Plan
     texts: Mapping[str, Text]
-    tokens: Mapping[str, Tensor]
+    cut: Mapping[str, Tensor]
     device: str
     progress: Progress
 
     def records(self) -> dict[str, Any]:
         """Return what an output remembers of the texts, so that none of them is measured on."""
-        return {
+        records: dict[str, Any] = {}
+        for number, teacher in enumerate(self.plan.teachers, 1):
+            whose = "teacher's" if number == 1 else f"teacher {number}'s"
+            earlier = earlier_texts(open_checkpoint(teacher))
+            records |= {f"{whose} {purpose}": record for purpose, record in earlier.items()}
+        return records | {
             purpose: {"sha256": text.sha256, "shingles": text.fingerprint} for purpose, text in self.texts.items()
         }
 
@@ -93,38 +101,59 @@ class Calibration:
             return {}
         statistics = StoredStatistics(staging.work / "statistics")
         if not statistics.complete:
-            stage.transform.calibrate(stage.source, self.passes(stage, model), statistics)
+            passes = self.passes(stage, model, staging.work / "scratch")
+            stage.transform.calibrate(stage.source, passes, statistics)
             statistics.finish()
+            shutil.rmtree(passes.setting.scratch, ignore_errors=True)
         return statistics
 
-    def passes(self, stage: Stage, folder: Path) -> Passes:
-        """Load the model once, for any number of passes over its layers."""
-        # fp32 where it costs no speed: statistics are better, and few CPUs compute in 16 bit.
-        model, _ = load(folder, dtype="float32" if self.device.startswith("cpu") else "auto", device=self.device)
-        tokens = {purpose: self.tokens[purpose] for purpose in stage.transform.texts}
-        return _Passes(model, stage.source, tokens, self.device, self.progress)
+    def pending(self, staging: Staging) -> bool:
+        """Whether the only step of a recipe is still to be calibrated."""
+        return not staging.finished and not StoredStatistics(staging.work / "statistics").complete
+
+    def passes(self, stage: Stage, folder: Path, scratch: Path) -> Passes:
+        """Return what a step's calibration is given on the model in `folder`."""
+        base = Path(self.plan.checkpoint.files.name)
+        setting = Setting(
+            folder, base, scratch, self._tokens(stage), self.plan.recipe.seed, self.device, self.progress
+        )
+        return _Passes(stage.source, setting)
+
+    def _tokens(self, stage: Stage) -> dict[str, Tensor]:
+        seed = self.plan.recipe.seed
+        return {
+            purpose: self.cut[purpose]
+            if count is None
+            else draw(self.cut[purpose], count, seed, self.texts[purpose].name)
+            for purpose, count in windows_of(self.plan.recipe, stage).items()
+        }
 
 
 @dataclass(frozen=True)
 class _Passes:
     """See `Passes`."""
 
-    model: Any
     source: Source
-    tokens: Mapping[str, Tensor]
-    device: str
-    progress: Progress
+    setting: Setting
+
+    @cached_property
+    def _model(self) -> Any:
+        # fp32 where it costs no speed: statistics are better, and few CPUs compute in 16 bit.
+        device = self.setting.device
+        dtype = "float32" if device.startswith("cpu") else "auto"
+        return load(self.setting.folder, dtype=dtype, device=device).model
 
     def __call__(self, *texts: str, windows: int | None = None) -> Iterator[LayerPass]:
         """See `Passes`."""
-        tokens = {text: self.tokens[text][:windows] for text in texts or self.tokens}
-        for current in layer_passes(self.model, self.source.family, tokens, self.device):
+        cut = self.setting.tokens
+        tokens = {text: cut[text][:windows] for text in texts or cut}
+        for current in layer_passes(self._model, self.source.family, tokens, self.setting.device):
             yield current
-            self.progress("calibrating", current.index + 1, self.source.num_layers)
+            self.setting.progress("calibrating", current.index + 1, self.source.num_layers)
 
     def losses(self, text: str, hidden_WTE: Tensor) -> Tensor:
         """See `Passes`."""
-        return window_losses(self.model, self.source.family, self.tokens[text], hidden_WTE)
+        return window_losses(self._model, self.source.family, self.setting.tokens[text], hidden_WTE)
 
 
 def prepare(planned: Plan, device: str, progress: Progress) -> Calibration:
@@ -135,20 +164,20 @@ def prepare(planned: Plan, device: str, progress: Progress) -> Calibration:
     """
     texts = _texts(planned)
     if not texts:
-        return Calibration({}, {}, device, progress)
+        return Calibration(planned, {}, {}, device, progress)
     folder, recipe = Path(planned.checkpoint.files.name), planned.recipe
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise Refusal(f"{folder}: has no tokenizer, and calibration needs one")
-    counts = {"calibration": recipe.windows, "selection": recipe.selection_windows}
-    tokens = {
-        purpose: sample_tokens(
-            text, tokenizer, windows=counts[purpose], window=recipe.window, seed=recipe.seed,
-            bos_each="bos_every_window" in planned.source.family.features,
-        )
+    bos_each = "bos_every_window" in planned.source.family.features
+    cut = {
+        purpose: cut_tokens(text, tokenizer, window=recipe.window, bos_each=bos_each)
         for purpose, text in texts.items()
-    }  # fmt: skip
-    return Calibration(texts, tokens, device, progress)
+    }
+    calibration = Calibration(planned, texts, cut, device, progress)
+    for stage in planned.stages:
+        calibration._tokens(stage)  # a text that is too short is refused now
+    return calibration
 
 
 def _texts(planned: Plan) -> dict[str, Text]:

@@ -17,6 +17,7 @@ from reattend.families.source import Source, describe, source_of
 from reattend.modeling.int8_outliers import check_outliers
 from reattend.pipeline.memory import PROCESS_BYTES, calibration_bytes
 from reattend.recipes.schema import Recipe, load_recipe
+from reattend.recipes.table import COLLECTIVE
 from reattend.transform import Group, Transform
 
 
@@ -30,6 +31,11 @@ class Stage:
     groups: tuple[Group, ...]
     layout: Layout
     remarks: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The step's name in a recipe."""
+        return str(self.step.step)  # type: ignore[attr-defined]
 
     @property
     def transform(self) -> Transform:
@@ -59,8 +65,8 @@ class Stage:
         return max(self.layout.nbytes, kept)
 
     def is_copy(self, group: Group) -> bool:
-        """Whether a group is one tensor kept as it is."""
-        return len(group.reads) == 1 and group.writes == (self.source.tensors[group.reads[0]],)
+        """Whether a group is one tensor kept as it is: one with a key is the step's own."""
+        return not group.key and len(group.reads) == 1 and group.writes == (self.source.tensors[group.reads[0]],)
 
     def summary(self) -> dict[str, Any]:
         """Return the step as plain data, sizes in bytes."""
@@ -105,6 +111,12 @@ class Plan:
         return tuple(sorted({text for stage in self.stages for text in stage.transform.texts}))
 
     @property
+    def teachers(self) -> tuple[str, ...]:
+        """The other models that steps learn from."""
+        named = (getattr(stage.step, "teacher", None) for stage in self.stages)
+        return tuple(dict.fromkeys(teacher for teacher in named if teacher is not None))
+
+    @property
     def tolerance(self) -> float:
         """The relative L2 error of logits that `verify` allows, were each step to use its own up: (1 + e) - 1."""
         return math.prod(1 + stage.transform.tolerance for stage in self.stages) - 1
@@ -117,13 +129,7 @@ class Plan:
     @property
     def calibration_bytes(self) -> dict[str, int]:
         """The least peak memory of calibration (see `memory.calibration_bytes`); empty where no step calibrates."""
-        recipe = self.recipe
-        counts = {"calibration": recipe.windows, "selection": recipe.selection_windows}
-        found = [
-            calibration_bytes(stage.source, [counts[text] * recipe.window for text in stage.transform.texts])
-            for stage in self.stages
-            if stage.transform.texts
-        ]
+        found = [_calibration_bytes(self.recipe, stage) for stage in self.stages if stage.transform.texts]
         return {name: max(sizes[name] for sizes in found) for name in (found[0] if found else ())}
 
     @property
@@ -154,6 +160,20 @@ class Plan:
             "remarks": list(self.remarks),
             "steps": [stage.summary() for stage in self.stages],
         }
+
+
+def windows_of(recipe: Recipe, stage: Stage) -> dict[str, int | None]:
+    """Return how many windows of each of its texts a step runs on: its own `windows`, if it has such, may be all."""
+    counts = {"calibration": getattr(stage.step, "windows", recipe.windows), "selection": recipe.selection_windows}
+    return {purpose: counts[purpose] for purpose in stage.transform.texts}
+
+
+def _calibration_bytes(recipe: Recipe, stage: Stage) -> dict[str, int]:
+    if stage.name in COLLECTIVE:  # trains whole models instead of passing over layers
+        needed = PROCESS_BYTES + stage.transform.calibration_bytes(stage.source)  # type: ignore[attr-defined]
+        return {"weights_held": needed, "weights_offloaded": needed}
+    counts = windows_of(recipe, stage).values()
+    return calibration_bytes(stage.source, [(count or 0) * recipe.window for count in counts])
 
 
 def cache_bytes(source: Source) -> int:

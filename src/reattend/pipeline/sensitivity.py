@@ -45,9 +45,10 @@ def _measure(planned: Plan, calibration: Calibration) -> dict[str, Any]:
     """Run the step's calibration; where it comes to nothing that can be written, what was measured stays true."""
     (stage,), folder = planned.stages, Path(planned.checkpoint.files.name)
     with TemporaryDirectory() as scratch:
-        statistics = StoredStatistics(Path(scratch))
+        statistics = StoredStatistics(Path(scratch, "statistics"))
+        passes = calibration.passes(stage, folder, Path(scratch, "scratch"))
         try:
-            stage.transform.calibrate(stage.source, calibration.passes(stage, folder), statistics)
+            stage.transform.calibrate(stage.source, passes, statistics)
         except BadNumbersError:
             raise
         except DeadEndError as error:
