@@ -361,7 +361,18 @@ def test_other_libraries_keep_off_the_terminal(tmp_path, recipe):
 
 
 def test_recipes(monkeypatch, capsys, tmp_path):
-    names = {"heal", "int8", "int8-bitsandbytes", "int8-attention", "int8-smooth", "int8-weights", "mla"}
+    names = {
+        "portable",
+        "gates",
+        "clipped-softmax",
+        "heal",
+        "int8",
+        "int8-bitsandbytes",
+        "int8-attention",
+        "int8-smooth",
+        "int8-weights",
+        "mla",
+    }
     assert set(printed_json(monkeypatch, capsys, "recipes", "list")) == names
     assert call(monkeypatch, capsys, "recipes", "copy", "int8", tmp_path / "r.yaml")[0] == 0
     assert call(monkeypatch, capsys, "recipes", "copy", "int8", tmp_path / "r.yaml")[0] == 2
