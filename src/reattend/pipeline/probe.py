@@ -94,7 +94,7 @@ def _loader(config: dict[str, Any]) -> tuple[Any, bool]:
     """
     import transformers
 
-    names = config.get("architectures")
+    names: list[str] = config.get("architectures") or []
     if not config["model_type"].startswith("reattend"):
         return getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM, False
     (auto,) = (auto for auto, name in config["auto_map"].items() if name.endswith(f".{names[0]}"))
