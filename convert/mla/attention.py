@@ -79,8 +79,10 @@ def read_source(tensors: Mapping[str, Tensor], head_dim: int, rotary: Rotary, sc
     biases = [tensors.get(f"{n}_proj.bias") for n in "qkv"]
     q_bias, k_bias, v_bias = (None if b is None else b.view(-1, head_dim) for b in biases)
     o_EHD = tensors["o_proj.weight"].view(len(tensors["o_proj.weight"]), -1, head_dim)
-    norms = (tensors.get(f"{n}_norm.weight") for n in "qk")
-    return SourceAttention(q, k, v, o_EHD, rotary, scale, q_bias, k_bias, v_bias, tensors.get("o_proj.bias"), *norms)
+    return SourceAttention(
+        q, k, v, o_EHD, rotary, scale, q_bias, k_bias, v_bias, tensors.get("o_proj.bias"),
+        tensors.get("q_norm.weight"), tensors.get("k_norm.weight"),
+    )  # fmt: skip
 
 
 def _by_head(weight_OE: Tensor, head_dim: int) -> Tensor:
@@ -111,8 +113,8 @@ class LatentAttention:
     """A converted layer. `scale` is the whole factor on query . key; the rotary factor is 1 here.
 
     Queries are [position-free; rotary] per head, `down_CE` gives [latent; rotary] rows. With q/k norms `inputs`
-    is the layer that was: `query_HQE` then maps each head's normed query (E = D), and `down_CE` all heads' normed keys
-    and values (E = 2 G D).
+    is the layer that was: `query_HQE` then maps each head's normed query (E = D), and `down_CE` the normed keys and
+    the values of all heads (E = 2 G D).
     """
 
     query_HQE: Tensor

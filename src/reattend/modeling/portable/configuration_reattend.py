@@ -77,23 +77,23 @@ class ReattendConfig(_Optional, LlamaConfig):
         super().__post_init__(**kwargs)
         self.check_optional_parts()
         if self.latent_attention is not None:
-            self._check_latent_attention()
+            self._check_latent_attention(self.latent_attention)
 
-    def _check_latent_attention(self) -> None:
-        layers, rank, pairs = self.num_hidden_layers, self.latent_attention["rank"], self.latent_attention["pairs"]
+    def _check_latent_attention(self, latent: dict) -> None:
+        layers, rank, pairs = self.num_hidden_layers, latent["rank"], latent["pairs"]
         ranks = rank if isinstance(rank, list) else [rank] * layers
         if len(ranks) != layers or any(type(one) is not int or one < 1 for one in ranks):
             raise ValueError("latent_attention: rank is neither a positive whole number nor one per layer")
-        count = self.latent_attention["rope_dim"] / 2
+        count = latent["rope_dim"] / 2
         if len(pairs) != layers or any(len(row) != count for row in pairs):
             raise ValueError("latent_attention: pairs are not rope_dim / 2 in a list per layer")
         if not all(type(pair) is int and 0 <= pair < self.head_dim // 2 for row in pairs for pair in row):
             raise ValueError("latent_attention: pairs holds what is no index of a frequency")
 
     def latent_rank(self, layer: int) -> int:
-        """Return the numbers of a layer's latent."""
-        rank = self.latent_attention["rank"]
-        return rank[layer] if isinstance(rank, list) else rank
+        """Return the numbers of a layer's latent (0 without one)."""
+        rank = (self.latent_attention or {"rank": 0})["rank"]
+        return int(rank[layer] if isinstance(rank, list) else rank)
 
     def validate_architecture(self):
         """Heads need not fill the hidden size: `head_dim` says how wide they are."""

@@ -105,8 +105,7 @@ class ReattendModel(ReattendPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
         if config.latent_attention is not None:  # its heads share rows, which no plan here splits
-            plan = dict(self._tp_plan)
-            self._tp_plan = {name: how for name, how in plan.items() if "self_attn" not in name}
+            self._tp_plan = {name: how for name, how in vars(self)["_tp_plan"].items() if "self_attn" not in name}
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @merge_with_config_defaults
