@@ -10,7 +10,10 @@ from test_mla_step import TEXTS, Stopped, write_source
 import reattend
 from reattend import demo
 from reattend.checkpoint.index import open_checkpoint
+from reattend.convert.clipped_softmax.transform import ClippedSoftmax
+from reattend.convert.gates.transform import Gates
 from reattend.convert.mla.transform import Mla
+from reattend.convert.portable.transform import Portable
 from reattend.errors import Refusal
 from reattend.families.source import source_of
 from reattend.pipeline.inspection import inspect
@@ -186,6 +189,20 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(made, tmp_path, monk
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
 
 
+@torch.no_grad()
+def test_gates_and_clipping_go_on_top(made, tmp_path):
+    _, _, out = made("qwen3", False)
+    want = load(out)(IDS).logits
+    gates = Gates(kind="all_heads_linear")
+    reattend.apply(Recipe(steps=(gates, ClippedSoftmax(alpha=0.0))), out, tmp_path / "out")
+    gated = load(tmp_path / "out")
+    assert gated.model.layers[0].self_attn.gate is not None
+    assert gated.model.layers[0].self_attn.gamma is not None
+    assert (gated(IDS).logits - want).abs().max() < 1e-6  # softmax is clipped in fp32
+    reattend.apply(Recipe(steps=(ClippedSoftmax(alpha=4.0),)), out, tmp_path / "clipped")
+    assert (load(tmp_path / "clipped")(IDS).logits - want).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "settings", "message"),
     [
@@ -225,3 +242,13 @@ def test_a_converted_model_is_not_converted_again(made):
     _, _, out = made("llama", False)
     with pytest.raises(Refusal, match="latent attention already"):
         recipe(rope_dim=4, latent_rank=4).steps[0].check(source_of(open_checkpoint(out)))
+
+
+def test_a_portable_model_is_a_source_as_its_original_is(made, tmp_path):
+    _, before, out = made("qwen3", True)
+    reattend.apply(Recipe(steps=(Portable(),)), before, tmp_path / "portable")
+    reattend.apply(recipe(rope_dim=20, latent_rank=20), tmp_path / "portable", tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    reattend.apply(Recipe(steps=(Gates(),)), tmp_path / "portable", tmp_path / "gated")
+    with pytest.raises(Refusal, match="run mla first"):
+        recipe(rope_dim=4, latent_rank=4).steps[0].check(source_of(open_checkpoint(tmp_path / "gated")))
