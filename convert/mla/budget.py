@@ -1,9 +1,10 @@
 """latent_rank: auto. The rank that a budget allows: of the cache, from sizes; of perplexity, measured.
 
-Measured is the closed form, all layers converted, on the selection text: the refit only makes it better.
+Measured is the closed form, all layers converted, on the selection text: the refit only makes it better. Where layers
+may differ in rank, a cache budget is divided among them by the errors that they make alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +53,27 @@ def decide_rank(passes: Passes, statistics: Statistics, convert: Convert, most: 
             "raise it or rope_dim"
         )
     return fewest(1, steps, fits) * RANK_STEP
+
+
+def divide(errors_YK: Sequence[Sequence[float]], steps: int) -> list[int]:
+    """Return how many of `steps` each layer gets, at least 1, so that the sum of errors is least.
+
+    `errors_YK[y][k - 1]` is the error of layer y with k steps. Each turn goes to the layer that gains most per step,
+    by any number of steps at once: measured errors are not always convex.
+    """
+    given, left = [1] * len(errors_YK), steps - len(errors_YK)
+
+    def gain(layer: int, more: int) -> float:
+        row, now = errors_YK[layer], given[layer]
+        return (row[now - 1] - row[now - 1 + more]) / more
+
+    while left > 0:
+        most = [min(left, len(row) - given[layer]) for layer, row in enumerate(errors_YK)]
+        turns = [(layer, more) for layer, room in enumerate(most) for more in range(1, room + 1)]
+        layer, more = max(turns, key=lambda turn: gain(*turn))
+        given[layer] += more
+        left -= more
+    return given
 
 
 def _losses(passes: Passes, convert: Convert, rank: int) -> Tensor:

@@ -27,11 +27,12 @@ _WAY_OUT = "which the native format can't hold; target: portable does"
 def check_native(source: Source) -> None:
     """Refuse what the native format can't hold."""
     name = source.family.model_type
+    _check_features(source)
     if "qk_norm" in source.family.features:
         raise Refusal(f"mla: {name} normalises queries and keys after their projections, {_WAY_OUT}")
     if name == "reattend":
         raise Refusal(f"mla: target: {name} is portable already, so target: portable is its form")
-    _check_common(source, _NATIVE)
+    _check_kind(source, _NATIVE)
     _check_window(source)
     if source.config.get("mlp_bias"):
         raise Refusal(f"config.json: mlp_bias: a bias {_WAY_OUT}")
@@ -40,18 +41,22 @@ def check_native(source: Source) -> None:
 
 def check_portable_source(source: Source) -> None:
     """Refuse what the portable form can't hold."""
-    _check_common(source, _PORTABLE)
+    _check_features(source)
+    _check_kind(source, _PORTABLE)
     check_portable(source, "mla")
     _check_tensors(source)
 
 
-def _check_common(source: Source, known: tuple[str, ...]) -> None:
-    family = source.family
+def _check_features(source: Source) -> None:
     for feature, reason in _FEATURES.items():
-        if feature in family.features:
-            raise Refusal(f"mla: {family.model_type} {reason}")
-    if family.model_type not in known:
-        raise Refusal(f"mla: {family.model_type} is not supported ({', '.join(known)} are)")
+        if feature in source.family.features:
+            raise Refusal(f"mla: {source.family.model_type} {reason}")
+
+
+def _check_kind(source: Source, known: tuple[str, ...]) -> None:
+    name = source.family.model_type
+    if name not in known:
+        raise Refusal(f"mla: {name} is not supported ({', '.join(known)} are)")
     if source.config.get("quantization_config"):
         raise Refusal("config.json: quantization_config: convert first, quantise after")
 

@@ -218,9 +218,8 @@ class PortableForm:
         yield from code_files(source)
 
     def engines(self) -> dict[str, str]:
-        """Other engines cache keys and values themselves."""
-        no = "no: its transformers backend caches keys and values of head_dim numbers, not latents"
-        return {"transformers": "yes, with trust_remote_code=True", "vllm": no, "sglang": no}
+        """The plan adds who can't."""
+        return {"transformers": "yes, with trust_remote_code=True"}
 
 
 def _present(source: Source, layer: int, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -56,6 +56,15 @@ PORTABLE = {
 }  # fmt: skip
 
 
+def engine_limits(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the engines that can't serve a portable model, and why, in whatever format its weights are."""
+    if config.get("model_type") not in PORTABLE or config.get("latent_attention") is None:
+        return {}
+    return dict.fromkeys(
+        ("vllm", "sglang"), "no: its transformers backend caches keys and values of head_dim numbers, not latents"
+    )
+
+
 def portable_classes(config: Mapping[str, Any]) -> PortableClasses | None:
     """Return the classes of a portable model, or None for another model.
 

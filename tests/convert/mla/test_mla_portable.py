@@ -17,6 +17,7 @@ from reattend.convert.portable.transform import Portable
 from reattend.errors import Refusal
 from reattend.families.source import source_of
 from reattend.pipeline.inspection import inspect
+from reattend.quantize.int8.transform import Int8
 from reattend.recipes.schema import Recipe
 
 LAYERS = 2
@@ -187,6 +188,15 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(made, tmp_path, monk
     reattend.apply(fit, before, tmp_path / "out", resume=True)
     for file in ("model.safetensors", "config.json", "latent_reattend.py"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
+
+
+def test_a_plan_knows_who_can_serve_it(made):
+    planned, before, out = made("qwen3", False)
+    both = Recipe(steps=(*recipe(rope_dim=6, latent_rank=(9, 14)).steps, Int8()))
+    for plan in (planned, reattend.plan(both, before), reattend.plan("int8", out)):
+        engines = plan.summary()["engines"]
+        assert engines["transformers"].startswith("yes")
+        assert {engines[name][:3] for name in ("vllm", "sglang")} == {"no:"}
 
 
 @torch.no_grad()
