@@ -5,7 +5,7 @@ all layers follows, or one for each; the second converts layer by layer. Choices
 own inputs; the fit is on what the layers converted before put out (`prefix`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,17 +134,9 @@ def convert(
     """
     before = {} if prefix is None else {text: states.clone() for text, states in layer.hidden.items()}
     seen = _watch_attention(layer)
-    geometry = how.geometry
-    source = source_attention(layer, geometry)
-    phase_F = mean_phase(geometry.rotary.frequency_F, moments.distance_T)
-    part = RopePart(components_of(moments), rope[1], rope[0], phase_F)
-
-    def converted(choice: Choice) -> LatentAttention:
-        output_EHD = source.o_EHD.double()
-        return compose(source, convert_layer(moments, output_EHD, part, how.latent_rank, choice, centred=how.centred))
-
-    choice, closed = best_choice(lambda tried: _error(converted(tried), *seen["selection"]))
-    best = converted(choice)
+    closed_form = _closed_forms(layer, moments, rope, how)
+    choice, closed = best_choice(lambda tried: _error(closed_form(tried, how.latent_rank), *seen["selection"]))
+    best = closed_form(choice, how.latent_rank)
     if prefix is not None:
         seen = _behind(prefix, layer, before, seen)
         closed = _error(best, *seen["selection"])
@@ -158,6 +150,33 @@ def convert(
         best = _with_query_rank(best, seen["calibration"], how)
         errors["query_rank"] = _error(best, *seen["selection"])
     return best, errors
+
+
+def _closed_forms(
+    layer: LayerPass, moments: LayerMoments, rope: tuple[Tensor, Tensor], how: Conversion
+) -> Callable[[Choice, int], LatentAttention]:
+    """Return what makes the layer's closed form, given a choice and a rank."""
+    source = source_attention(layer, how.geometry)
+    phase_F = mean_phase(how.geometry.rotary.frequency_F, moments.distance_T)
+    part = RopePart(components_of(moments), rope[1], rope[0], phase_F)
+
+    def closed_form(choice: Choice, rank: int) -> LatentAttention:
+        maps = convert_layer(moments, source.o_EHD.double(), part, rank, choice, centred=how.centred)
+        return compose(source, maps)
+
+    return closed_form
+
+
+def errors_at(
+    layer: LayerPass, moments: LayerMoments, rope: tuple[Tensor, Tensor], how: Conversion, ranks: Iterable[int]
+) -> Tensor:
+    """Run a layer; return the relative errors of its closed forms at `ranks` on the selection text, fp64.
+
+    What is chosen per layer is left at its default, as `convert` chooses once the rank is known.
+    """
+    seen = _watch_attention(layer)["selection"]
+    closed_form = _closed_forms(layer, moments, rope, how)
+    return torch.tensor([_error(closed_form(Choice(), rank), *seen) for rank in ranks], dtype=torch.float64)
 
 
 def source_attention(layer: LayerPass, geometry: Geometry) -> SourceAttention:

@@ -13,11 +13,19 @@ from reattend.calibration.layerwise import LayerPass
 from reattend.checkpoint.header import TensorSpec
 from reattend.checkpoint.tensors import TORCH_DTYPES
 from reattend.convert.mla.attention import LatentAttention
-from reattend.convert.mla.budget import RANK_STEP, decide_rank, largest_rank, rank_findings, rank_within
+from reattend.convert.mla.budget import (
+    RANK_STEP,
+    decide_rank,
+    divide_ranks,
+    largest_rank,
+    rank_findings,
+    rank_within,
+)
 from reattend.convert.mla.calibration import (
     MOMENT_WINDOWS,
     Conversion,
     convert,
+    errors_at,
     errors_per_layer,
     gather_moments,
     read_moments,
@@ -27,6 +35,7 @@ from reattend.convert.mla.forms import Form, NativeForm, PortableForm
 from reattend.convert.mla.geometry import Geometry, attention_name, empty_layer
 from reattend.convert.mla.prefix import Prefix, read_attention, stored_attention
 from reattend.convert.mla.refit import Schedule
+from reattend.convert.mla.statistics import LayerMoments
 from reattend.errors import Refusal
 from reattend.families.attention_kinds import KEY
 from reattend.families.source import Source
@@ -93,11 +102,9 @@ class Mla(BaseModel):
 
     @property
     def _form(self) -> Form:
-        return (
-            PortableForm(self.rope_dim)
-            if self.target == "portable"
-            else NativeForm(self.target, self.rope_dim, self.query_rank)
-        )
+        if self.target == "portable":
+            return PortableForm(self.rope_dim)
+        return NativeForm(self.target, self.rope_dim, self.query_rank)
 
     def check(self, source: Source) -> list[str]:
         """Refuse what the form can't hold, and sizes that make no sense."""
@@ -146,6 +153,8 @@ class Mla(BaseModel):
             remarks.append(f"config.json's {KEY} goes: it was chosen for the attention that was")
         if self.perplexity_budget is not None:
             remarks.append(f"sizes are those of latent_rank {max(ranks)}, the largest: calibration decides")
+        elif self.undecided:
+            remarks.append(f"calibration divides cache_budget among layers: {max(ranks)} is their mean latent_rank")
         elif self.latent_rank == "auto":
             remarks.append(f"latent_rank is {max(ranks)}, from sizes alone: its cost shows after the run")
         return remarks
@@ -164,9 +173,10 @@ class Mla(BaseModel):
         schedule = Schedule(self.refit_steps, self.refit_rate, windows=self.refit_windows) if self.refit else None
         ranks = self._ranks(source, geometry)
         how = Conversion(geometry, max(ranks), form.biased, schedule, self.query_rank)
-        if self.perplexity_budget is not None:
-            ranks = [self._decided(passes, statistics, slots, how)] * len(ranks)
-            statistics["rank"] = {"latent_rank": torch.tensor(ranks[0])}
+        if self.undecided:
+            found = self._decided(passes, statistics, slots, how)
+            statistics["rank"] = {"latent_rank": torch.tensor(found)}
+            ranks = found if isinstance(found, list) else [found] * len(ranks)
         self._convert_all(source, passes, statistics, slots, [replace(how, latent_rank=rank) for rank in ranks])
 
     def _convert_all(
@@ -196,16 +206,25 @@ class Mla(BaseModel):
                 own = source_attention(layer, hows[i].geometry)
                 prefix.advance(layer, read_attention(statistics[f"attention-{i}"], own, pairs_YS[i]))
 
-    def _decided(self, passes: Passes, statistics: Statistics, slots: tuple[Tensor, Tensor], how: Conversion) -> int:
-        """The rank that perplexity_budget allows."""
-        pairs_YS, kept_YS = slots
-        assert self.perplexity_budget is not None
+    def _decided(
+        self, passes: Passes, statistics: Statistics, slots: tuple[Tensor, Tensor], how: Conversion
+    ) -> int | list[int]:
+        """The rank that perplexity_budget allows, or the ranks into which cache_budget is divided."""
+
+        def with_moments(layer: LayerPass) -> tuple[LayerPass, LayerMoments, tuple[Tensor, Tensor]]:
+            i = layer.index
+            return layer, read_moments(statistics[f"moments-{i}"]), (slots[0][i], slots[1][i])
+
+        def errors(layer: LayerPass, ranks: list[int]) -> Tensor:
+            return errors_at(*with_moments(layer), how, ranks)
 
         def closed_form(layer: LayerPass, rank: int) -> LatentAttention:
-            moments = read_moments(statistics[f"moments-{layer.index}"])
             closed = replace(how, latent_rank=rank, schedule=None, query_rank=None)
-            return convert(layer, moments, (pairs_YS[layer.index], kept_YS[layer.index]), closed)[0]
+            return convert(*with_moments(layer), closed)[0]
 
+        if self.perplexity_budget is None:
+            most = largest_rank(how.geometry, self.rope_dim)
+            return divide_ranks(passes, statistics, errors, most, how.latent_rank)
         return decide_rank(passes, statistics, closed_form, how.latent_rank, self.perplexity_budget)
 
     def statistics_bytes(self, source: Source) -> int:
@@ -222,14 +241,17 @@ class Mla(BaseModel):
 
     @property
     def undecided(self) -> bool:
-        """Whether perplexity_budget is still to decide the rank."""
-        return self.perplexity_budget is not None
+        """Whether calibration is still to decide the rank: by perplexity_budget, or to divide cache_budget."""
+        divided = self.latent_rank == "auto" and self.target == "portable"
+        return self.perplexity_budget is not None or divided
 
     def settled(self, findings: Mapping[str, Any]) -> "Mla":
         """Return the step with the rank that was decided."""
         if not self.undecided:
             return self
-        return self.model_copy(update={"latent_rank": findings["latent_rank"], "perplexity_budget": None})
+        found = findings["latent_rank"]
+        rank = tuple(found) if isinstance(found, list) else found
+        return self.model_copy(update={"latent_rank": rank, "perplexity_budget": None, "cache_budget": None})
 
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield one group per layer's attention, and what the form copies beside them."""
@@ -265,14 +287,10 @@ class Mla(BaseModel):
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
         """Return each layer's relative error on the selection text, before and after the refit; the pairs kept."""
-        errors = errors_per_layer(statistics)
-        found = {"relative_error_per_layer": errors, "rope_pairs": self._pairs(statistics).tolist()}
+        found: dict[str, Any] = {"relative_error_per_layer": errors_per_layer(statistics)}
+        if self.target != "portable":  # there config.json names them, layer by layer
+            found["rope_pairs"] = statistics["model"]["pairs"][0].tolist()
         return found | (rank_findings(statistics) if "rank" in statistics else {})
-
-    def _pairs(self, statistics: Statistics) -> Tensor:
-        """The frequencies that turn rotary numbers: a list per layer, or in a native form one for all."""
-        pairs_YS = statistics["model"]["pairs"]
-        return pairs_YS if self.target == "portable" else pairs_YS[0]
 
     def engines(self, source: Source) -> dict[str, str]:
         """Say which engines read the form."""

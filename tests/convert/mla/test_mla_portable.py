@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from test_mla_step import TEXTS, Stopped, write_source
 
 import reattend
@@ -262,3 +263,24 @@ def test_a_portable_model_is_a_source_as_its_original_is(made, tmp_path):
     reattend.apply(Recipe(steps=(Gates(),)), tmp_path / "portable", tmp_path / "gated")
     with pytest.raises(Refusal, match="run mla first"):
         recipe(rope_dim=4, latent_rank=4).steps[0].check(source_of(open_checkpoint(tmp_path / "gated")))
+
+
+def test_a_cache_budget_goes_to_the_layers_that_need_it(tmp_path):
+    """128 numbers per token and layer; half are 8 + 48 on average. What the second layer puts out is nothing."""
+    before = write_source("llama", tmp_path / "in", head_dim=16, num_key_value_heads=4)
+    tensors = load_file(before / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"].zero_()
+    save_file(tensors, before / "model.safetensors", {"format": "pt"})
+    auto = recipe(rope_dim=8, latent_rank="auto", cache_budget=0.5)
+    planned = reattend.plan(auto, before)
+    assert any("48 is their mean" in remark for remark in planned.remarks)
+    done = reattend.apply(auto, before, tmp_path / "out")
+    findings = json.loads((tmp_path / "out/reattend.json").read_text())["findings"][0]
+    assert findings["latent_rank"] == [80, 16]
+    for plan in (planned, done):
+        assert plan.summary()["cache_bytes_per_token_after"] == (80 + 16 + 2 * 8) * 4
+    reattend.apply(recipe(rope_dim=8, latent_rank=(80, 16)), before, tmp_path / "by hand")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "by hand" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+    reattend.apply(recipe(rope_dim=8, latent_rank=48), before, tmp_path / "equal")
+    assert error(before, tmp_path / "out") < error(before, tmp_path / "equal")
