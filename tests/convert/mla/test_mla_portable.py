@@ -267,7 +267,7 @@ def test_a_portable_model_is_a_source_as_its_original_is(made, tmp_path):
 
 def test_a_cache_budget_goes_to_the_layers_that_need_it(tmp_path):
     """128 numbers per token and layer; half are 8 + 48 on average. What the second layer puts out is nothing."""
-    before = write_source("llama", tmp_path / "in", head_dim=16, num_key_value_heads=4)
+    before = write_source("llama", tmp_path / "in", hidden_size=128, head_dim=16, num_key_value_heads=4)
     tensors = load_file(before / "model.safetensors")
     tensors["model.layers.1.self_attn.v_proj.weight"].zero_()
     save_file(tensors, before / "model.safetensors", {"format": "pt"})
