@@ -1,9 +1,12 @@
 """latent_rank: auto. The rank that a budget allows: of the cache, from sizes; of perplexity, measured.
 
-Measured is the closed form, all layers converted, on the selection text: the refit only makes it better.
+Measured is the closed form, all layers converted, on the selection text: the refit only makes it better. Where layers
+may differ in rank, a cache budget is divided among them by the errors that they make alone.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +23,8 @@ RANK_STEP = 16  # of which an automatic rank is a multiple
 _TEXT = "selection"
 # Converts a layer, which it runs, at a rank.
 Convert = Callable[[LayerPass, int], LatentAttention]
+# Runs a layer, and measures its closed form at ranks.
+ErrorsAt = Callable[[LayerPass, list[int]], Tensor]
 
 
 def largest_rank(geometry: Geometry, rope_dim: int) -> int:
@@ -54,6 +59,55 @@ def decide_rank(passes: Passes, statistics: Statistics, convert: Convert, most: 
     return fewest(1, steps, fits) * RANK_STEP
 
 
+def divide_ranks(passes: Passes, statistics: Statistics, errors_at: ErrorsAt, most: int, mean: int) -> list[int]:
+    """Return every layer's rank, multiples of 16 up to `most` whose mean is `mean`, by what layers err alone.
+
+    What was measured is kept in the statistics, `errors-N` per layer.
+    """
+    steps = _measured_steps(most // RANK_STEP)
+    for layer in passes(_TEXT):
+        if f"errors-{layer.index}" not in statistics:
+            statistics[f"errors-{layer.index}"] = {"errors": errors_at(layer, [step * RANK_STEP for step in steps])}
+    count = sum(1 for name in statistics if name.startswith("errors-"))
+    errors_YK = [_between(steps, statistics[f"errors-{i}"]["errors"].tolist()) for i in range(count)]
+    return [given * RANK_STEP for given in divide(errors_YK, mean // RANK_STEP * count)]
+
+
+def _measured_steps(most: int) -> list[int]:
+    """Return powers of two below `most`, and `most`."""
+    return [*(2**n for n in range(most.bit_length()) if 2**n < most), most]
+
+
+def _between(steps: Sequence[int], errors: Sequence[float]) -> list[float]:
+    """Return the errors at every step up to the last, logarithms linear between those that were measured."""
+    logs = [math.log(max(error, 1e-30)) for error in errors]
+    found = [errors[0]]
+    for (low, first), (high, last) in pairwise(zip(steps, logs, strict=True)):
+        found += [math.exp(first + (last - first) * n / (high - low)) for n in range(1, high - low + 1)]
+    return found
+
+
+def divide(errors_YK: Sequence[Sequence[float]], steps: int) -> list[int]:
+    """Return how many of `steps` each layer gets, at least 1, so that the sum of errors is least.
+
+    `errors_YK[y][k - 1]` is the error of layer y with k steps. Each turn goes to the layer that gains most per step,
+    by any number of steps at once: measured errors are not always convex.
+    """
+    given, left = [1] * len(errors_YK), steps - len(errors_YK)
+
+    def gain(layer: int, more: int) -> float:
+        row, now = errors_YK[layer], given[layer]
+        return (row[now - 1] - row[now - 1 + more]) / more
+
+    while left > 0:
+        most = [min(left, len(row) - given[layer]) for layer, row in enumerate(errors_YK)]
+        turns = [(layer, more) for layer, room in enumerate(most) for more in range(1, room + 1)]
+        layer, more = max(turns, key=lambda turn: gain(*turn))
+        given[layer] += more
+        left -= more
+    return given
+
+
 def _losses(passes: Passes, convert: Convert, rank: int) -> Tensor:
     """The windows' losses with all layers converted at a rank, or with none for 0."""
     converted: Tensor | None = None
@@ -66,9 +120,10 @@ def _losses(passes: Passes, convert: Convert, rank: int) -> Tensor:
 
 
 def rank_findings(statistics: Statistics) -> dict[str, Any]:
-    """Return the rank that was decided, and the perplexities of the selection text by rank that it was decided on."""
+    """Return the rank, or one per layer, and the perplexities of the selection text that decided on it, by rank."""
+    found: dict[str, Any] = {"latent_rank": statistics["rank"]["latent_rank"].tolist()}
     measured = stored_perplexities(statistics, "rank-")
-    return {
-        "latent_rank": int(statistics["rank"]["latent_rank"]),
-        "selection_perplexity": {f"closed form, {rank}" if rank else "source": p for rank, p in measured.items()},
-    }
+    if measured:
+        names = {rank: f"closed form, {rank}" if rank else "source" for rank in measured}
+        found["selection_perplexity"] = {names[rank]: perplexity for rank, perplexity in measured.items()}
+    return found

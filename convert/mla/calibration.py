@@ -1,26 +1,32 @@
 """From passes over the layers to converted layers: moments, the frequency list, the choice, the refit.
 
 Two passes are made. The first gathers every layer's second moments, from which one list of frequencies for
-all layers follows; the second converts layer by layer. Choices are measured on the source layer's own inputs; the fit
-is on what the layers converted before put out (`prefix`).
+all layers follows, or one for each; the second converts layer by layer. Choices are measured on the source layer's
+own inputs; the fit is on what the layers converted before put out (`prefix`).
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reattend.calibration.layerwise import Hook, LayerPass
-from reattend.convert.mla.attention import LatentAttention, compose, output_error, read_source
+from reattend.convert.mla.attention import (
+    LatentAttention,
+    SourceAttention,
+    compose,
+    output_error,
+    read_source,
+)
 from reattend.convert.mla.closed_form import Choice, best_choice, convert_layer
 from reattend.convert.mla.geometry import Geometry
 from reattend.convert.mla.prefix import Prefix
 from reattend.convert.mla.queries import truncate_queries
 from reattend.convert.mla.refit import Schedule, fit_output, refit
 from reattend.convert.mla.rotation import Components, rotate_heads
-from reattend.convert.mla.selection import RopePart, assign_slots, common_list, drop_cost, slot_gain
+from reattend.convert.mla.selection import RopePart, assign_slots, common_list, drop_cost, slot_gain, strongest
 from reattend.convert.mla.statistics import LayerMoments, MomentAccumulator, TokenMoments, mean_phase
 from reattend.errors import Failure
 from reattend.transform import Statistics, layers_of
@@ -32,7 +38,9 @@ MOMENT_WINDOWS = 24
 
 def gather_moments(layer: LayerPass, geometry: Geometry, tokens: int) -> dict[str, Tensor]:
     """Run a layer on the calibration text alone and return its moments over it, as tensors to be stored."""
-    accumulator = MomentAccumulator(geometry.heads, geometry.kv_heads, geometry.rotary, tokens, geometry.scale)
+    accumulator = MomentAccumulator(
+        geometry.heads, geometry.kv_heads, geometry.rotary, tokens, geometry.scale, geometry.window(layer.index)
+    )
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Hook:
@@ -42,8 +50,14 @@ def gather_moments(layer: LayerPass, geometry: Geometry, tokens: int) -> dict[st
         q, k, v = (seen[n].view(len(seen[n]), -1, geometry.head_dim) for n in "qkv")
         accumulator.add(q, k, v)
 
-    layer.run([*((f"self_attn.{name}_proj", keep(name)) for name in "qkv"), ("self_attn", add)])
+    layer.run([*((f"self_attn.{module}", keep(module[0])) for module in _last_modules(layer)), ("self_attn", add)])
     return store_moments(accumulator.result())
+
+
+def _last_modules(layer: LayerPass) -> tuple[str, ...]:
+    """Return the modules that put out queries, keys and values before RoPE."""
+    parts = dict(layer.module.get_submodule("self_attn").named_children())
+    return ("q_norm", "k_norm", "v_proj") if "q_norm" in parts else ("q_proj", "k_proj", "v_proj")
 
 
 def store_moments(moments: LayerMoments) -> dict[str, Tensor]:
@@ -85,6 +99,15 @@ def slots_of_all(
     return pair_S, assign_slots(gain_YNF[..., pair_S])[1]
 
 
+def own_slots(layers: Iterable[LayerMoments], geometry: Geometry, slots: int) -> tuple[Tensor, Tensor]:
+    """Return the same with a list per layer, (Y, S) and (Y, S): what keeps RoPE turns at its own frequency."""
+    parts = []
+    for moments in layers:
+        phase_F = mean_phase(geometry.rotary.frequency_F, moments.distance_T)
+        parts.append(strongest(components_of(moments), phase_F, slots))
+    return torch.stack([part.pair_S for part in parts]), torch.stack([part.kept_S for part in parts])
+
+
 @dataclass(frozen=True)
 class Conversion:
     """How layers are converted: sizes, whether a bias can hold the values' mean, the fit (None: no refit)."""
@@ -105,24 +128,15 @@ def convert(
 ) -> tuple[LatentAttention, dict[str, float]]:
     """Run a layer and return its conversion, and the relative errors of its output on the selection text.
 
-    `rope` are `slots_of_all`'s list and this layer's components. With `prefix` the refit, and the errors then, are on
-    what the converted layers before put out; what they miss of the source's states is then the layer's to add.
+    `rope` are the layer's list of source frequencies and its components there, as `slots_of_all` finds them. With
+    `prefix` the refit, and the errors then, are on what the converted layers before put out; what they miss of the
+    source's states is then the layer's to add.
     """
     before = {} if prefix is None else {text: states.clone() for text, states in layer.hidden.items()}
     seen = _watch_attention(layer)
-    module: Any = layer.module.get_submodule("self_attn")
-    tensors = {name: value.detach().cpu() for name, value in module.state_dict().items()}
-    geometry = how.geometry
-    source = read_source(tensors, geometry.head_dim, geometry.rotary, geometry.scale)
-    phase_F = mean_phase(geometry.rotary.frequency_F, moments.distance_T)
-    part = RopePart(components_of(moments), rope[1], rope[0], phase_F)
-
-    def converted(choice: Choice) -> LatentAttention:
-        output_EHD = source.o_EHD.double()
-        return compose(source, convert_layer(moments, output_EHD, part, how.latent_rank, choice, centred=how.centred))
-
-    choice, closed = best_choice(lambda tried: _error(converted(tried), *seen["selection"]))
-    best = converted(choice)
+    closed_form = _closed_forms(layer, moments, rope, how)
+    choice, closed = best_choice(lambda tried: _error(closed_form(tried, how.latent_rank), *seen["selection"]))
+    best = closed_form(choice, how.latent_rank)
     if prefix is not None:
         seen = _behind(prefix, layer, before, seen)
         closed = _error(best, *seen["selection"])
@@ -136,6 +150,41 @@ def convert(
         best = _with_query_rank(best, seen["calibration"], how)
         errors["query_rank"] = _error(best, *seen["selection"])
     return best, errors
+
+
+def _closed_forms(
+    layer: LayerPass, moments: LayerMoments, rope: tuple[Tensor, Tensor], how: Conversion
+) -> Callable[[Choice, int], LatentAttention]:
+    """Return what makes the layer's closed form, given a choice and a rank."""
+    source = source_attention(layer, how.geometry)
+    phase_F = mean_phase(how.geometry.rotary.frequency_F, moments.distance_T)
+    part = RopePart(components_of(moments), rope[1], rope[0], phase_F)
+
+    def closed_form(choice: Choice, rank: int) -> LatentAttention:
+        maps = convert_layer(moments, source.o_EHD.double(), part, rank, choice, centred=how.centred)
+        return compose(source, maps)
+
+    return closed_form
+
+
+def errors_at(
+    layer: LayerPass, moments: LayerMoments, rope: tuple[Tensor, Tensor], how: Conversion, ranks: Iterable[int]
+) -> Tensor:
+    """Run a layer; return the relative errors of its closed forms at `ranks` on the selection text, fp64.
+
+    What is chosen per layer is left at its default, as `convert` chooses once the rank is known.
+    """
+    seen = _watch_attention(layer)["selection"]
+    closed_form = _closed_forms(layer, moments, rope, how)
+    return torch.tensor([_error(closed_form(Choice(), rank), *seen) for rank in ranks], dtype=torch.float64)
+
+
+def source_attention(layer: LayerPass, geometry: Geometry) -> SourceAttention:
+    """Return the layer's own attention as plain tensors, on the CPU."""
+    module: Any = layer.module.get_submodule("self_attn")
+    tensors = {name: value.detach().cpu() for name, value in module.state_dict().items()}
+    source = read_source(tensors, geometry.head_dim, geometry.rotary, geometry.scale)
+    return replace(source, norm_eps=geometry.norm_eps, window=geometry.window(layer.index))
 
 
 def _behind(

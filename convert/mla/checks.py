@@ -2,36 +2,63 @@
 
 from reattend.convert.mla.geometry import Geometry, attention_name
 from reattend.convert.mla.native import native_rope
+from reattend.convert.portable.form import check_portable
 from reattend.errors import Refusal
 from reattend.families.source import Source
 
 _FLOATS = ("F16", "F32", "BF16", "F64")
 READ = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")
-# What no weights of deepseek_v3 can express, by the feature that a family's row names.
+# What neither form can express, by the feature that a family's row names.
 _FEATURES = {
-    "qk_norm": "normalises queries and keys after their projections, which the native format can't hold",
-    "soft_cap": "caps its scores, which the native format can't hold",
+    "latent": "has latent attention already",
+    "soft_cap": "caps its scores, which converted layers can't",
     "partial_rotary": "fuses its projections and may rotate a part of each head only",
-    "experts": "has experts, which the native format would have to hold too",
+    "experts": "has experts, which converted models can't hold",
     "learned_positions": "has learned positions instead of RoPE",
+    "gates": "has gates already: run mla first, and the step gates on its output",
+    "clipped_softmax": "clips its softmax already: run mla first, and the step clipped_softmax on its output",
 }
+_NATIVE = ("llama", "mistral", "qwen2")
+_PORTABLE = (*_NATIVE, "qwen3", "reattend")
+_WAY_OUT = "which the native format can't hold; target: portable does"
 
 
-def check_source(source: Source) -> None:
+def check_native(source: Source) -> None:
     """Refuse what the native format can't hold."""
-    family = source.family
-    for feature, reason in _FEATURES.items():
-        if feature in family.features:
-            raise Refusal(f"mla: {family.model_type} {reason}")
-    if family.model_type not in ("llama", "mistral", "qwen2"):
-        raise Refusal(f"mla: {family.model_type} is not supported (llama, mistral, qwen2 are)")
-    if source.config.get("quantization_config"):
-        raise Refusal("config.json: quantization_config: convert first, quantise after")
+    name = source.family.model_type
+    _check_features(source)
+    if "qk_norm" in source.family.features:
+        raise Refusal(f"mla: {name} normalises queries and keys after their projections, {_WAY_OUT}")
+    if name == "reattend":
+        raise Refusal(f"mla: target: {name} is portable already, so target: portable is its form")
+    _check_kind(source, _NATIVE)
     _check_window(source)
     if source.config.get("mlp_bias"):
-        raise Refusal("config.json: mlp_bias: the native format has no bias there")
+        raise Refusal(f"config.json: mlp_bias: a bias {_WAY_OUT}")
     _check_tensors(source)
+
+
+def check_portable_source(source: Source) -> None:
+    """Refuse what the portable form can't hold."""
+    _check_features(source)
+    _check_kind(source, _PORTABLE)
+    check_portable(source, "mla")
+    _check_tensors(source)
+
+
+def _check_features(source: Source) -> None:
+    for feature, reason in _FEATURES.items():
+        if feature in source.family.features:
+            raise Refusal(f"mla: {source.family.model_type} {reason}")
+
+
+def _check_kind(source: Source, known: tuple[str, ...]) -> None:
+    name = source.family.model_type
+    if name not in known:
+        raise Refusal(f"mla: {name} is not supported ({', '.join(known)} are)")
+    if source.config.get("quantization_config"):
+        raise Refusal("config.json: quantization_config: convert first, quantise after")
 
 
 def _check_window(source: Source) -> None:
@@ -39,7 +66,7 @@ def _check_window(source: Source) -> None:
     used = source.config.get("use_sliding_window", source.family.model_type == "mistral")
     limit = int(source.get("max_position_embeddings") or 0)
     if window and used and int(window) < limit:
-        raise Refusal(f"config.json: sliding_window: {window} is less than {limit}, and the native format has none")
+        raise Refusal(f"config.json: sliding_window: {window} is less than {limit}, {_WAY_OUT}")
 
 
 def _check_tensors(source: Source) -> None:

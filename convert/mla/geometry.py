@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from reattend.checkpoint.header import TensorSpec
 from reattend.convert.mla.attention import LatentAttention
 from reattend.convert.mla.queries import QueryLatent
 from reattend.convert.mla.rope import Rotary, read_rotary
@@ -20,7 +19,7 @@ from reattend.families.source import Source
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes and frequencies of every layer's attention."""
+    """Sizes and frequencies of every layer's attention; `windows` is what each layer sees (empty: all see all)."""
 
     hidden: int
     heads: int
@@ -30,6 +29,12 @@ class Geometry:
     theta: float
     max_positions: int
     query_bias: bool
+    norm_eps: float = 1e-6
+    windows: tuple[int | None, ...] = ()
+
+    def window(self, layer: int) -> int | None:
+        """The tokens that a token of a layer sees, itself among them; None: all before it."""
+        return self.windows[layer] if self.windows else None
 
     @property
     def scale(self) -> float:
@@ -54,6 +59,7 @@ def read_geometry(source: Source) -> Geometry:
         float(parameters["rope_theta"]),
         max_positions,
         attention_name(source, 0, "q_proj.bias") in source.tensors,
+        float(source.get("rms_norm_eps") or 1e-6),
     )
 
 
@@ -98,13 +104,6 @@ def native_specs(
         "q_a_layernorm.weight": (queries.width,),
         "q_b_proj.weight": (query, queries.width),
     }
-
-
-def native_tensor_specs(
-    source: Source, layer: int, shapes: Mapping[str, tuple[int, ...]], dtype: str
-) -> tuple[TensorSpec, ...]:
-    """Return the same as specs with full names."""
-    return tuple(TensorSpec(attention_name(source, layer, name), dtype, shape) for name, shape in shapes.items())
 
 
 def empty_layer(geometry: Geometry, rope_dim: int, latent_rank: int) -> LatentAttention:

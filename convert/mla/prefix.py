@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reattend.calibration.layerwise import LayerPass
-from reattend.convert.mla.attention import LatentAttention
-from reattend.convert.mla.geometry import Geometry
+from reattend.convert.mla.attention import LatentAttention, SourceAttention
 
 
 class Prefix:
@@ -72,7 +71,10 @@ def stored_attention(attention: LatentAttention) -> dict[str, Tensor]:
     return attention.to(torch.float32).tensors()
 
 
-def read_attention(stored: Mapping[str, Tensor], geometry: Geometry, pair_P: Tensor) -> LatentAttention:
-    """Undo `stored_attention`; `pair_P` are the model's rotary pairs, as indices into the source's frequencies."""
-    rotary = geometry.rotary
-    return LatentAttention(**stored, rotary=rotary.pick(pair_P), scale=geometry.scale * rotary.factor**2)
+def read_attention(stored: Mapping[str, Tensor], source: SourceAttention, pair_P: Tensor) -> LatentAttention:
+    """Undo `stored_attention` of a layer made from `source`; `pair_P` are its pairs, as indices into the source's."""
+    rotary = source.rotary
+    return LatentAttention(
+        **stored, rotary=rotary.pick(pair_P), scale=source.scale * rotary.factor**2, window=source.window,
+        inputs=None if source.q_norm_D is None else source.to(torch.float32),
+    )  # fmt: skip

@@ -47,14 +47,18 @@ class LayerMoments:
 
 
 class MomentAccumulator:
-    """Adds sequences of one layer. `max_tokens` bounds the distances that are told apart."""
+    """Adds sequences of one layer. `max_tokens` bounds the distances that are told apart, and `window` those seen."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, rotary: Rotary, max_tokens: int, scale: float):
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, rotary: Rotary, max_tokens: int, scale: float,
+        window: int | None = None,
+    ):  # fmt: skip
         head_dim = 2 * len(rotary.frequency_F)
         width = 2 * num_kv_heads * head_dim
         self._rotary, self._scale, self._tokens = rotary, scale, 0
+        self._window = window or max_tokens
         self._query = torch.zeros(num_heads, head_dim, head_dim, dtype=torch.float64)
-        self._distance = torch.zeros(max_tokens, dtype=torch.float64)
+        self._distance = torch.zeros(min(max_tokens, self._window), dtype=torch.float64)
         self._second = torch.zeros(2, width, width, dtype=torch.float64)
         self._mean = torch.zeros(2, width, dtype=torch.float64)
 
@@ -77,12 +81,13 @@ class MomentAccumulator:
         q_HTD = rotate_halves(q_THD.transpose(0, 1), angle_TF) * (self._scale * self._rotary.factor**2)
         k_GTD = rotate_halves(k_TGD.transpose(0, 1), angle_TF)
         lag_TT = positions[:, None] - positions[None]
+        hidden_TT = (lag_TT < 0) | (lag_TT >= self._window)
         mass_T = torch.zeros(tokens, dtype=q_THD.dtype)
         for head in range(heads):
             score_TT = q_HTD[head] @ k_GTD[head // (heads // len(k_GTD))].T
-            p_TT = score_TT.masked_fill(lag_TT < 0, -torch.inf).softmax(-1)
+            p_TT = score_TT.masked_fill(hidden_TT, -torch.inf).softmax(-1)
             mass_T += p_TT.sum(0)
-            self._distance[:tokens] += sum_by_distance(p_TT).double()
+            self._distance[:tokens] += sum_by_distance(p_TT)[: self._window].double()
         return mass_T
 
     def result(self) -> LayerMoments:

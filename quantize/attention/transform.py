@@ -56,8 +56,9 @@ class Int8Attention(BaseModel):
         for feature, reason in _REFUSED.items():
             if feature in source.family.features:
                 raise Refusal(f"int8_attention: {source.family.model_type} {reason}")
-        if source.head_dim > _WIDEST:
-            raise Refusal(f"int8_attention: heads of {source.head_dim} numbers are wider than {_WIDEST}")
+        width = source.size("free+rope") if "latent" in source.family.features else source.head_dim
+        if width > _WIDEST:
+            raise Refusal(f"int8_attention: heads of {width} numbers are wider than {_WIDEST}")
         return ["weights stay as they are; config.json names the layers, and load() runs them so on a GPU"]
 
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:

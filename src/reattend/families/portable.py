@@ -14,13 +14,17 @@ _SHARED = ("configuration_reattend.py", "attention_reattend.py")
 
 @dataclass(frozen=True)
 class PortableClasses:
-    """Where the classes of a portable model are, by their names in `module`; `auto` is what loads `headed`."""
+    """Where the classes of a portable model are, by their names in `module`; `auto` is what loads `headed`.
+
+    `beside` are further files that the module imports.
+    """
 
     module: str
     config: str
     base: str
     headed: str
     auto: str = "AutoModelForCausalLM"
+    beside: tuple[str, ...] = ()
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -33,12 +37,15 @@ class PortableClasses:
 
     def code(self) -> Iterator[tuple[str, bytes]]:
         """Yield (file name, content) of the code."""
-        for name in (*_SHARED, f"{self.module}.py"):
+        for name in (*_SHARED, *self.beside, f"{self.module}.py"):
             yield name, files(_PACKAGE).joinpath(name).read_bytes()
 
 
 PORTABLE = {
-    "reattend": PortableClasses("modeling_reattend", "ReattendConfig", "ReattendModel", "ReattendForCausalLM"),
+    "reattend": PortableClasses(
+        "modeling_reattend", "ReattendConfig", "ReattendModel", "ReattendForCausalLM",
+        beside=("latent_reattend.py",),
+    ),
     "reattend_opt": PortableClasses(
         "modeling_reattend_opt", "ReattendOPTConfig", "ReattendOPTModel", "ReattendOPTForCausalLM"
     ),
@@ -47,6 +54,15 @@ PORTABLE = {
         auto="AutoModelForMaskedLM",
     ),
 }  # fmt: skip
+
+
+def engine_limits(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the engines that can't serve a portable model, and why, in whatever format its weights are."""
+    if config.get("model_type") not in PORTABLE or config.get("latent_attention") is None:
+        return {}
+    return dict.fromkeys(
+        ("vllm", "sglang"), "no: its transformers backend caches keys and values of head_dim numbers, not latents"
+    )
 
 
 def portable_classes(config: Mapping[str, Any]) -> PortableClasses | None:

@@ -4,7 +4,8 @@ A row says how tensors are named and shaped and what the family has (biases, nor
 that a transform can refuse by name. Dimension symbols in shapes: `hidden`, `q` (query heads x head_dim),
 `kv` (KV heads x head_dim), `ffn`, `vocab`, `experts`; for latent attention `qk` (query heads x both query parts),
 `latent`, `rope`, `up` (query heads x position-free keys and values), `values`, `query_latent`. A sum such as
-`q+kv+kv` is a fused output.
+`q+kv+kv` is a fused output. A key such as `latent_attention.rank` is a key within a key of the config; what it holds
+may be a list, one per layer.
 """
 
 from collections.abc import Mapping
@@ -201,13 +202,27 @@ FAMILIES = _STOCK | _PORTABLE
 # What a portable config switches on, as features.
 _SWITCHES = {
     "attention_bias": "qkv_bias", "qk_norm": "qk_norm", "sliding_window": "window", "attention_gates": "gates",
-    "clipped_softmax": "clipped_softmax",
+    "clipped_softmax": "clipped_softmax", "latent_attention": "latent",
+}  # fmt: skip
+# The portable model with latent attention; with norms, queries and rows are mapped behind them.
+_ROWS = "self_attn.kv_a_proj_with_mqa"
+_PORTABLE_LATENT = {
+    "self_attn.q_proj": ("qk", "hidden"), _ROWS: ("latent+rope", "hidden"), "self_attn.kv_b_proj": ("up", "latent"),
+    "self_attn.o_proj": ("hidden", "values"), **_GATED,
+}  # fmt: skip
+_PORTABLE_LATENT_NORMED = {**_PORTABLE_LATENT, **_ATTENTION, _ROWS: ("latent+rope", "kv+kv")}
+_PORTABLE_LATENT_KEYS = {
+    **_LLAMA_KEYS, "latent": "latent_attention.rank", "rope": "latent_attention.rope_dim", "free": "head_dim",
+    "value_dim": "head_dim",
 }  # fmt: skip
 
 
 def portable_row(config: Mapping[str, Any]) -> Family:
     """Return the row of a portable model, with the features that its config switches on."""
     row = _PORTABLE[config["model_type"]]
+    if config.get("latent_attention") is not None:
+        linears = _PORTABLE_LATENT_NORMED if config.get("qk_norm") else _PORTABLE_LATENT
+        row = replace(row, linears=linears, keys=_PORTABLE_LATENT_KEYS, feeds=(*_LLAMA_FEEDS[1:2], _UP))
     features = {feature for key, feature in _SWITCHES.items() if config.get(key) not in (None, False)}
     # A gate reads what the attention's norm puts out, too, and not always through a linear layer.
     feeds = tuple(f for f in row.feeds if "gates" not in features or f.consumers != _PROJECTIONS)

@@ -34,7 +34,10 @@ class Source:
     def get(self, symbol: str) -> Any:
         """Return the config's value of a dimension symbol, the family's default where it is absent."""
         key = self.family.keys.get(symbol, symbol)
-        value = self.config.get(key)
+        outer, _, inner = key.partition(".")
+        value = self.config.get(outer)
+        if inner and isinstance(value, Mapping):
+            value = value.get(inner)
         return self.family.defaults.get(key) if value is None else value
 
     @property
@@ -63,7 +66,7 @@ class Source:
         if "encoder" in self.family.features:
             return 0
         if "latent" in self.family.features:
-            return self.num_layers * self.size("latent+rope")
+            return sum(self.size("latent+rope", layer) for layer in range(self.num_layers))
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     @property
@@ -74,11 +77,11 @@ class Source:
         rest = (numbers(spec, self.config) for name, spec in self.tensors.items() if name not in packed)
         return sum(packed.values()) + sum(rest)
 
-    def size(self, symbols: str) -> int:
-        """Evaluate a dimension such as `q+kv+kv`."""
-        return sum(self._size(symbol) for symbol in symbols.split("+"))
+    def size(self, symbols: str, layer: int | None = None) -> int:
+        """Evaluate a dimension such as `q+kv+kv`; one that layers differ in needs a `layer`."""
+        return sum(self._size(symbol, layer) for symbol in symbols.split("+"))
 
-    def _size(self, symbol: str) -> int:
+    def _size(self, symbol: str, layer: int | None) -> int:
         products = {
             "q": lambda: int(self.get("heads")) * self.head_dim,
             "kv": lambda: self.num_kv_heads * self.head_dim,
@@ -87,7 +90,10 @@ class Source:
             "up": lambda: int(self.get("heads")) * self.size("free+value_dim"),
             "values": lambda: int(self.get("heads")) * self.size("value_dim"),
         }
-        return products[symbol]() if symbol in products else int(self.get(symbol))
+        if symbol in products:
+            return products[symbol]()
+        value = self.get(symbol)
+        return int(value[layer] if isinstance(value, list) and layer is not None else value)
 
     def layer_prefix(self, layer: int | str) -> str:
         """Return what the names of a layer's tensors begin with, as `model.layers.3.`."""
@@ -102,7 +108,7 @@ class Source:
         """Yield (module name, weight shape as stored) of every linear layer of every layer."""
         for layer in range(self.num_layers):
             for name, (rows, columns) in self.family.linears.items():
-                yield self.layer_prefix(layer) + name, (self.size(rows), self.size(columns))
+                yield self.layer_prefix(layer) + name, (self.size(rows, layer), self.size(columns, layer))
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
@@ -197,10 +203,18 @@ def _check_keys(source: Source) -> None:
         value = source.get(symbol)
         if value is None and symbol in optional:
             continue
+        if symbol == "latent" and isinstance(value, list):
+            _check_per_layer(source, key, value)
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise Refusal(f"config.json: {key} is {value!r}, expected a positive whole number")
     if not isinstance(source.get("tie_word_embeddings"), bool):
         raise Refusal("config.json: tie_word_embeddings is neither true nor false")
+
+
+def _check_per_layer(source: Source, key: str, values: list[Any]) -> None:
+    if len(values) != source.num_layers or not all(type(value) is int and value > 0 for value in values):
+        raise Refusal(f"config.json: {key} is a list, expected {source.num_layers} positive whole numbers")
 
 
 def _packed_shapes(packed: TensorSpec, shape: tuple[int, int], config: Mapping[str, Any]) -> set[tuple[int, int]]:

@@ -1,7 +1,7 @@
-"""MLA as it is meant to run: decode in the latent space, prefill expanded, under stock `DeepseekV3` models.
+"""MLA as it is meant to run: decode in the latent space, prefill expanded; stock `DeepseekV3` and portable models.
 
-Stock transformers caches the latent and expands all of it to keys and values of every head at each step. Here the
-up-projections are applied to the new token's queries and output instead (DeepSeek-V2, arXiv 2405.04434, 2.1.2).
+They cache the latent and expand all of it to keys and values of every head at each step. Here the up-projections are
+applied to the new token's queries and output instead (DeepSeek-V2, arXiv 2405.04434, 2.1.2).
 
 Legend: B batch, S new tokens, T all tokens, H heads, N position-free, R rotary and V value numbers, L latent rank.
 """
@@ -23,35 +23,24 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from reattend.kernels.mla_decode import mla_decode
 from reattend.modeling.attention_backend import EXACT, INT8, SIMULATED, seen_by
 from reattend.modeling.int8 import Int8Linear
-from reattend.modeling.latent_cache import latent_layer
+from reattend.modeling.latent_cache import latent_layer, rows_held
+from reattend.modeling.portable.latent_reattend import ReattendLatentAttention
 
 _LOG = logging.getLogger(__name__)
 _IMPLEMENTATIONS = ("sdpa", EXACT, INT8, SIMULATED)
 
 
-class LatentAttention(DeepseekV3Attention):  # type: ignore[misc]
-    """Stock attention with the same parameters, absorbed where that is cheaper.
+class _Absorbing:
+    """What MLA layers, stock or portable, have in common in the absorbed form: attributes are named alike."""
 
-    It runs as stock does while training, under autocast, without a cache, with a cache that is no plain growing
-    one, with an attention implementation that is neither sdpa nor ours, and where an adapter or a hook sits on
-    `kv_b_proj`.
-    """
-
-    def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None,
-        cache: Cache | None = None, **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Return the output (B, S, E), and the attention weights where stock gives them."""
-        layer = latent_layer(cache, self.layer_idx)
-        if layer is None or not self._absorbs(hidden_states, layer.get_seq_length(), attention_mask):
-            # stock's signature is written through a decorator that mypy can't see through
-            stock: tuple[Tensor, Tensor | None] = super().forward(
-                hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs
-            )
-            return stock
-        free, query_rope, latent, rope = self._project(hidden_states, position_embeddings)
-        latent, rope = cache.update(latent, rope, self.layer_idx)  # type: ignore[union-attr]
-        return self._absorbed(free, query_rope, latent, rope, attention_mask), None
+    config: Any
+    kv_b_proj: Any
+    training: bool
+    num_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+    scaling: float
 
     def _absorbs(self, x: Tensor, held: int, mask: Tensor | None) -> bool:
         """Whether tokens `x` (B, S, E) after `held` others can run absorbed, and are cheaper so."""
@@ -75,6 +64,51 @@ class LatentAttention(DeepseekV3Attention):  # type: ignore[misc]
         once = rank * expanded
         return queries * (once + tokens * (2 * rank - expanded)) < tokens * once
 
+    def _absorbed(
+        self, free: Tensor, query_rope: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Return what the heads found (B, S, H, V)."""
+        key_HNL, value_HVL = self._up(free.dtype)
+        batch, heads, new, nope = free.shape
+        # One product per head for the whole batch, so that the weight is not repeated along it.
+        query_latent = torch.bmm(free.transpose(0, 1).reshape(heads, -1, nope), key_HNL)
+        query_latent = query_latent.view(heads, batch, new, -1).transpose(0, 1)
+        seen = seen_by(mask, latent, new)
+        mixed = mla_decode(query_latent, query_rope, latent[:, 0], rope[:, 0], scale=self.scaling, mask=seen)
+        out = torch.bmm(mixed.transpose(0, 1).reshape(heads, batch * new, -1), value_HVL.transpose(1, 2))
+        return out.view(heads, batch, new, -1).permute(1, 2, 0, 3)
+
+    def _up(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the up-projections (H, N, L) and (H, V, L): views; int8 codes are dequantised anew."""
+        weight: Tensor = self.kv_b_proj.weight.to(dtype).view(self.num_heads, -1, self.kv_lora_rank)
+        return weight[:, : self.qk_nope_head_dim], weight[:, self.qk_nope_head_dim :]
+
+
+class LatentAttention(_Absorbing, DeepseekV3Attention):  # type: ignore[misc]
+    """Stock attention with the same parameters, absorbed where that is cheaper.
+
+    It runs as stock does while training, under autocast, without a cache, with a cache that is no plain growing
+    one, with an attention implementation that is neither sdpa nor ours, and where an adapter or a hook sits on
+    `kv_b_proj`.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None,
+        cache: Cache | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Return the output (B, S, E), and the attention weights where stock gives them."""
+        layer = latent_layer(cache, self.layer_idx)
+        if layer is None or not self._absorbs(hidden_states, layer.get_seq_length(), attention_mask):
+            # stock's signature is written through a decorator that mypy can't see through
+            stock: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs
+            )
+            return stock
+        free, query_rope, latent, rope = self._project(hidden_states, position_embeddings)
+        latent, rope = cache.update(latent, rope, self.layer_idx)  # type: ignore[union-attr]
+        found_BSHV = self._absorbed(free, query_rope, latent, rope, attention_mask)
+        return self.o_proj(found_BSHV.flatten(2)), None
+
     def _project(
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,24 +122,36 @@ class LatentAttention(DeepseekV3Attention):  # type: ignore[misc]
         query_rope, rope = rotate(query_rope, rope.unsqueeze(1), *position_embeddings)
         return free, query_rope, self.kv_a_layernorm(latent).unsqueeze(1), rope
 
-    def _absorbed(
-        self, free: Tensor, query_rope: Tensor, latent: Tensor, rope: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        key_HNL, value_HVL = self._up(free.dtype)
-        batch, heads, new, nope = free.shape
-        # One product per head for the whole batch, so that the weight is not repeated along it.
-        query_latent = torch.bmm(free.transpose(0, 1).reshape(heads, -1, nope), key_HNL)
-        query_latent = query_latent.view(heads, batch, new, -1).transpose(0, 1)
-        seen = seen_by(mask, latent, new)
-        mixed = mla_decode(query_latent, query_rope, latent[:, 0], rope[:, 0], scale=self.scaling, mask=seen)
-        out = torch.bmm(mixed.transpose(0, 1).reshape(heads, batch * new, -1), value_HVL.transpose(1, 2))
-        out = out.view(heads, batch, new, -1).permute(1, 2, 0, 3).reshape(batch, new, -1)
-        return self.o_proj(out)  # type: ignore[no-any-return]
 
-    def _up(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the up-projections (H, N, L) and (H, V, L): views; int8 codes are dequantised anew."""
-        weight = self.kv_b_proj.weight.to(dtype).view(self.num_heads, -1, self.kv_lora_rank)
-        return weight[:, : self.qk_nope_head_dim], weight[:, self.qk_nope_head_dim :]
+class PortableLatentAttention(_Absorbing, ReattendLatentAttention):  # type: ignore[misc]
+    """The portable model's attention with the same parameters, absorbed where stock's is, and where windows slide.
+
+    Clipped softmax is not computed on latents: with it layers run expanded.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None = None,
+        cache: Cache | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Return the output (B, S, E), and the attention weights where the expanded form gives them."""
+        held = rows_held(cache, self.layer_idx)
+        if held is None or self.gamma is not None or not self._absorbs(hidden_states, held, attention_mask):
+            expanded: tuple[Tensor, Tensor | None] = super().forward(  # type: ignore[no-untyped-call]
+                hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs
+            )
+            return expanded
+        free, query_rope = self.queries(hidden_states, position_embeddings)  # type: ignore[no-untyped-call]
+        latent, rope = self.rows(hidden_states, position_embeddings)
+        latent, rope = cache.update(latent, rope, self.layer_idx, kwargs=kwargs)  # type: ignore[union-attr]
+        found_BSHV = self._absorbed(free, query_rope, latent, rope, attention_mask)
+        return self.output(hidden_states, found_BSHV), None  # type: ignore[no-untyped-call]
+
+    def rows(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the rows to be cached, latents rounded as the int8 product behind them rounds its input."""
+        latent, rope = super().rows(hidden_states, position_embeddings)  # type: ignore[no-untyped-call]
+        reader = self.kv_b_proj
+        rounds = isinstance(reader, Int8Linear) and reader.activations == "int8"
+        return (reader.rounded(latent) if rounds else latent), rope
 
 
 class RoundedNorm(DeepseekV3RMSNorm):  # type: ignore[misc]
@@ -123,15 +169,24 @@ class RoundedNorm(DeepseekV3RMSNorm):  # type: ignore[misc]
 
 
 def run_absorbed(model: nn.Module) -> int:
-    """Let a model's stock MLA layers run absorbed, in place; return how many.
+    """Let a model's MLA layers, stock or portable, run absorbed, in place; return how many.
 
-    Only classes change: parameters, their names, hooks and what `save_pretrained` writes stay. None where this
-    transformers caches expanded keys.
+    Only classes change: parameters, their names, hooks and what `save_pretrained` writes stay. Of stock's none where
+    this transformers caches expanded keys.
     """
+    portable = [module for module in model.modules() if type(module) is ReattendLatentAttention]
+    for own in portable:
+        own.__class__ = PortableLatentAttention
+    return len(portable) + _run_stock_absorbed(model)
+
+
+def _run_stock_absorbed(model: nn.Module) -> int:
+    layers = [module for module in model.modules() if type(module) is DeepseekV3Attention]
+    if not layers:
+        return 0
     if not hasattr(DeepseekV3Attention, "expand_kv"):
         _LOG.warning("transformers %s caches expanded keys: MLA runs as stock does", transformers.__version__)
         return 0
-    layers = [module for module in model.modules() if type(module) is DeepseekV3Attention]
     for layer in layers:
         layer.__class__ = LatentAttention
         reader = layer.kv_b_proj

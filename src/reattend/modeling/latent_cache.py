@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 _ROOM = 256  # rows that a full buffer grows by: what a layer holds too much is below this
 
@@ -63,6 +63,19 @@ def latent_layer(cache: Cache | None, index: int) -> LatentLayer | None:
     if type(layer) is DynamicLayer:
         layer = cache.layers[index] = LatentLayer.over(layer)
     return layer if isinstance(layer, LatentLayer) else None
+
+
+def rows_held(cache: Cache | None, index: int) -> int | None:
+    """Return the rows that a cache holds for an MLA layer, whole or of a window; None for every other kind.
+
+    Layers that hold a window stay transformers' own: they copy a window per token, no more.
+    """
+    layers = cache.layers if isinstance(cache, DynamicCache) and not cache.offloading else []
+    if index < len(layers) and type(layers[index]) is DynamicSlidingWindowLayer:
+        held = layers[index].keys
+        return held.shape[-2] if held is not None and held.numel() else 0
+    layer = latent_layer(cache, index)
+    return None if layer is None else int(layer.get_seq_length())
 
 
 def _append(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -44,7 +44,7 @@ def load(
 ) -> Loaded:
     """Load a checkpoint; `dtype` is a torch dtype's name or "auto".
 
-    `runtime="auto"` runs int8 checkpoints on our kernels, `deepseek_v3` checkpoints with absorbed decode
+    `runtime="auto"` runs int8 checkpoints on our kernels, MLA with absorbed decode
     (`modeling/latent_attention.py`), and attention through ours (`modeling/attention_backend.py`) on a CPU or where
     the config chose quantised layers; everything else through stock transformers, and "stock" takes that for all.
     A model whose weights stay on the disk runs stock too, but for attention. `int8_head` also quantises the output
@@ -97,7 +97,8 @@ def _stock(path: Path, kind: Any, dtype: str, places: dict[str, Any]) -> Any:
 def _take_over(path: Path, model: Any, checkpoint: Checkpoint, simulate: bool) -> None:
     """Run attention on our kernels, and MLA absorbed: not with weights on the disk, where hooks hold each forward."""
     choose_attention(path, model, checkpoint.config, simulate=simulate)
-    if model.config.model_type == "deepseek_v3" and not hasattr(model, "_hf_hook"):
+    latent = model.config.model_type == "deepseek_v3" or getattr(model.config, "latent_attention", None) is not None
+    if latent and not hasattr(model, "_hf_hook"):
         from reattend.modeling.latent_attention import run_absorbed  # imports the model's code
 
         run_absorbed(model)

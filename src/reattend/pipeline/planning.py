@@ -13,6 +13,7 @@ from reattend.checkpoint.index import RECIPE, Checkpoint, open_checkpoint
 from reattend.checkpoint.staging import Layout, lay_out
 from reattend.errors import Refusal
 from reattend.families.attention_kinds import check_kinds
+from reattend.families.portable import engine_limits
 from reattend.families.source import Source, describe, source_of
 from reattend.modeling.int8_outliers import check_outliers
 from reattend.pipeline.memory import PROCESS_BYTES, calibration_bytes
@@ -142,7 +143,7 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """Return the plan as plain data, sizes in bytes."""
-        engines = [stage.transform.engines(stage.source) for stage in self.stages]
+        last = self.stages[-1]
         return {
             "model": self.checkpoint.files.name,
             "bytes_before": self.checkpoint.nbytes,
@@ -156,7 +157,7 @@ class Plan:
             "calibration_memory_at_least_bytes": self.calibration_bytes,
             "disk_bytes": self.disk_bytes,
             "shards": len(self.layout.headers),
-            "engines": engines[-1],
+            "engines": last.transform.engines(last.source) | engine_limits(self.result.config),
             "remarks": list(self.remarks),
             "steps": [stage.summary() for stage in self.stages],
         }

@@ -1,11 +1,14 @@
 """latent_rank: auto with a perplexity budget, against the checkpoints that it stands for."""
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import reattend
 from reattend import Refusal, demo
@@ -111,3 +114,24 @@ def test_a_budget_that_no_rank_meets_is_refused_and_leaves_nothing(tmp_path, mon
     with pytest.raises(Refusal, match=r"perplexity_budget: 0.05 is not met by latent_rank \d+"):
         reattend.apply(recipe(**AUTO), demo.MODEL, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@given(st.integers(2, 4), st.integers(0, 2**31), st.booleans())
+def test_ranks_are_divided_as_by_trying_everything(layers, seed, convex):
+    """Where errors are convex the sum is the least of all divisions."""
+    generator = torch.Generator().manual_seed(seed)
+    falls = torch.rand(layers, 4, generator=generator)
+    falls = falls.sort(1, descending=True).values if convex else falls
+    errors = (4 - falls.cumsum(1)).tolist()
+    given_steps = budget.divide(errors, 2 * layers)
+    total = sum(row[steps - 1] for row, steps in zip(errors, given_steps, strict=True))
+    assert sum(given_steps) == 2 * layers
+    assert min(given_steps) >= 1
+    if convex:
+        every = (c for c in itertools.product(range(1, 5), repeat=layers) if sum(c) == 2 * layers)
+        least = min(sum(row[steps - 1] for row, steps in zip(errors, c, strict=True)) for c in every)
+        assert total == pytest.approx(least)
+
+
+def test_a_step_that_pays_only_with_the_next_is_taken_with_it():
+    assert budget.divide([[1.0, 1.0, 0.0], [1.0, 0.6, 0.5]], 4) == [3, 1]

@@ -56,8 +56,9 @@ def test_behind_exact_layers_the_states_are_the_sources(model, source, texts):
             missing = prefix.missing(before)[text]
             assert float(missing.norm() / before[text].norm()) < 1e-4
         tensors = dict(layer.module.get_submodule("self_attn").state_dict())
-        attention = compose(read_source(tensors, geometry.head_dim, geometry.rotary, geometry.scale), maps)
-        again = read_attention(stored_attention(attention), geometry, maps.pair_P)
+        own = read_source(tensors, geometry.head_dim, geometry.rotary, geometry.scale)
+        attention = compose(own, maps)
+        again = read_attention(stored_attention(attention), own, maps.pair_P)
         x = expected["selection"][:1]
         torch.testing.assert_close(again.attend(x), attention.to(torch.float32).attend(x))
         prefix.advance(layer, attention)

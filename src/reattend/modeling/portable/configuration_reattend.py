@@ -4,6 +4,8 @@ Each is a stock configuration and what a stock architecture has no key for:
 
     attention_gates   {"kind": ..., "hidden": ...} or None: see `attention_reattend.AttentionGate`
     clipped_softmax   {"zeta": .., "gamma": one number, or per layer a list of one per head} or None
+    latent_attention  {"rank": one number or one per layer, "rope_dim": .., "pairs": per layer the frequencies, as
+                      indices into the model's, that turn its rotary numbers} or None: see `latent_reattend`
 """
 
 import math
@@ -68,6 +70,7 @@ class ReattendConfig(_Optional, LlamaConfig):
     layer_types: list[str] | None = None
     attention_gates: dict | None = None
     clipped_softmax: dict | None = None
+    latent_attention: dict | None = None
     reattend_format: int = FORMAT
 
     def __post_init__(self, **kwargs):
@@ -77,6 +80,24 @@ class ReattendConfig(_Optional, LlamaConfig):
             self.layer_types = [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         self.check_optional_parts()
+        if self.latent_attention is not None:
+            self._check_latent_attention(self.latent_attention)
+
+    def _check_latent_attention(self, latent: dict) -> None:
+        layers, rank, pairs = self.num_hidden_layers, latent["rank"], latent["pairs"]
+        ranks = rank if isinstance(rank, list) else [rank] * layers
+        if len(ranks) != layers or any(type(one) is not int or one < 1 for one in ranks):
+            raise ValueError("latent_attention: rank is neither a positive whole number nor one per layer")
+        count = latent["rope_dim"] / 2
+        if len(pairs) != layers or any(len(row) != count for row in pairs):
+            raise ValueError("latent_attention: pairs are not rope_dim / 2 in a list per layer")
+        if not all(type(pair) is int and 0 <= pair < self.head_dim // 2 for row in pairs for pair in row):
+            raise ValueError("latent_attention: pairs holds what is no index of a frequency")
+
+    def latent_rank(self, layer: int) -> int:
+        """Return the numbers of a layer's latent (0 without one)."""
+        rank = (self.latent_attention or {"rank": 0})["rank"]
+        return int(rank[layer] if isinstance(rank, list) else rank)
 
     def validate_architecture(self):
         """Heads need not fill the hidden size: `head_dim` says how wide they are."""

@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_reattend import OptionalParts, attend, init_optional_parts
 from .configuration_reattend import ReattendConfig
+from .latent_reattend import ReattendLatentAttention, init_latent_parts
 
 
 class ReattendAttention(OptionalParts):
@@ -70,11 +71,12 @@ class ReattendAttention(OptionalParts):
 
 
 class ReattendDecoderLayer(LlamaDecoderLayer):
-    """A Llama layer around `ReattendAttention`."""
+    """A Llama layer around one of our attentions."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        self.self_attn = ReattendAttention(config, layer_idx)
+        attention = ReattendAttention if config.latent_attention is None else ReattendLatentAttention
+        self.self_attn = attention(config, layer_idx)
 
 
 class ReattendPreTrainedModel(LlamaPreTrainedModel):
@@ -83,11 +85,12 @@ class ReattendPreTrainedModel(LlamaPreTrainedModel):
     config: ReattendConfig
     config_class = ReattendConfig
     _no_split_modules = ["ReattendDecoderLayer"]
-    _can_record_outputs = {"hidden_states": ReattendDecoderLayer, "attentions": ReattendAttention}
+    _can_record_outputs = {"hidden_states": ReattendDecoderLayer, "attentions": OptionalParts}
 
     def _init_weights(self, module):
         super()._init_weights(module)
         init_optional_parts(module, self.config.initializer_range)
+        init_latent_parts(module, self.config)
 
 
 class ReattendModel(ReattendPreTrainedModel):
@@ -101,6 +104,8 @@ class ReattendModel(ReattendPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+        if config.latent_attention is not None:  # its heads share rows, which no plan here splits
+            self._tp_plan = {name: how for name, how in vars(self)["_tp_plan"].items() if "self_attn" not in name}
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @merge_with_config_defaults
