@@ -11,14 +11,17 @@ from torch import nn
 
 import reattend
 from reattend import demo
+from reattend.calibration.tokens import sample_tokens
 from reattend.checkpoint.index import open_checkpoint
 from reattend.convert.clipped_softmax.transform import ClippedSoftmax
 from reattend.errors import Refusal
 from reattend.families.source import source_of
+from reattend.modeling.loading import load_tokenizer
 from reattend.modeling.portable.attention_reattend import GATE_KINDS
 from reattend.pipeline import verification
 from reattend.pipeline.inspection import inspect
 from reattend.recipes.schema import parse_recipe
+from reattend.texts.reading import read_text
 from tiny_models import CONFIGS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "bert")
@@ -160,9 +163,8 @@ def test_gamma_is_chosen_per_head_by_what_it_removes(tmp_path):
     removed = torch.tensor(findings["removed_share_per_layer"])
     assert float(removed.max()) <= 0.01
     # Measured again by stock eager attention of the source, on the same text.
-    from reattend.pipeline.calibrating import prepare
-
-    tokens = prepare(reattend.plan(recipe(steps, **TEXTS), demo.MODEL), "cpu", lambda *_: None).tokens["calibration"]
+    text = read_text(str(demo.SELECT_TEXT))
+    tokens = sample_tokens(text, load_tokenizer(demo.MODEL), windows=2, window=96)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         demo.MODEL, dtype="float32", attn_implementation="eager"
     )
