@@ -60,7 +60,7 @@ def decide_rank(passes: Passes, statistics: Statistics, convert: Convert, most: 
 
 
 def divide_ranks(passes: Passes, statistics: Statistics, errors_at: ErrorsAt, most: int, mean: int) -> list[int]:
-    """Return every layer's rank, multiples of 16 up to `most` whose mean is `mean`, by what layers err alone.
+    """Return every layer's rank, multiples of 16 up to `most` whose mean is `mean`, by the errors of `errors_at`.
 
     What was measured is kept in the statistics, `errors-N` per layer.
     """

@@ -170,13 +170,21 @@ def _closed_forms(
 def errors_at(
     layer: LayerPass, moments: LayerMoments, rope: tuple[Tensor, Tensor], how: Conversion, ranks: Iterable[int]
 ) -> Tensor:
-    """Run a layer; return the relative errors of its closed forms at `ranks` on the selection text, fp64.
+    """Run a layer; return what its closed forms at `ranks` put wrong in the states that leave it, fp64.
 
-    What is chosen per layer is left at its default, as `convert` chooses once the rank is known.
+    That is the mean over the selection text's tokens of |ours - source|^2 / |state|^2: layers add to one stream, so a
+    small output may be wrong. What is chosen per layer is left at its default; `convert` chooses at the rank found.
     """
-    seen = _watch_attention(layer)["selection"]
+    x_WTE, y_WTE = _watch_attention(layer)["selection"]
     closed_form = _closed_forms(layer, moments, rope, how)
-    return torch.tensor([_error(closed_form(Choice(), rank), *seen) for rank in ranks], dtype=torch.float64)
+    size_WT = layer.hidden["selection"].float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def error(attention: LatentAttention) -> float:
+        with torch.inference_mode():
+            missed_WTE = attention.to(torch.float32).attend(x_WTE) - y_WTE
+        return float((missed_WTE.square().sum(-1) / size_WT).mean())
+
+    return torch.tensor([error(closed_form(Choice(), rank)) for rank in ranks], dtype=torch.float64)
 
 
 def source_attention(layer: LayerPass, geometry: Geometry) -> SourceAttention:

@@ -193,7 +193,8 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(made, tmp_path, monk
 
 def test_a_plan_knows_who_can_serve_it(made):
     planned, before, out = made("qwen3", False)
-    both = Recipe(steps=(*recipe(rope_dim=6, latent_rank=(9, 14)).steps, Int8()))
+    alone = recipe(rope_dim=6, latent_rank=(9, 14))
+    both = alone.model_copy(update={"steps": (*alone.steps, Int8())})
     for plan in (planned, reattend.plan(both, before), reattend.plan("int8", out)):
         engines = plan.summary()["engines"]
         assert engines["transformers"].startswith("yes")
