@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -71,9 +72,31 @@ def heal_slowly(student: Path, out: Path, run: dict, started: Connection) -> Non
     reattend.heal(student, out, resume=True, **run)
 
 
-def heal_together(rank: int, port: int, student: Path, out: Path, run: dict) -> None:
-    """Be one of two processes, as torchrun starts them."""
-    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {key: str(value) for key, value in world.items()}
+def together(function: str, *arguments, processes: int = 2, **options) -> tuple[list, list]:
+    """Call a function of reattend in processes as torchrun starts them; return exit codes, and what was returned."""
+    port, (results, sending) = free_port(), CONTEXT.Pipe(duplex=False)
+    worlds = [(rank, processes, port) for rank in range(processes)]
+    started = [
+        CONTEXT.Process(target=_one_of, args=(world, sending, function, arguments, options)) for world in worlds
+    ]
+    for child in started:
+        child.start()
+    for child in started:
+        child.join(120)
+    returned = [results.recv() for child in started if child.exitcode == 0]
+    return [child.exitcode for child in started], [found for _, found in sorted(returned, key=lambda pair: pair[0])]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _one_of(world: tuple[int, int, int], results: Connection, function: str, arguments, options) -> None:
+    rank, count, port = world
+    named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {key: str(value) for key, value in named.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    reattend.heal(student, out, **run)
+    found = getattr(reattend, function)(*arguments, **options)
+    results.send((rank, found if isinstance(found, dict) else None))

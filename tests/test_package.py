@@ -27,7 +27,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "errors": set(),
     "progress": set(),
-    "processes": set(),
+    "processes": {"errors"},
     "demo": set(),
     "checkpoint": {"errors"},
     "families": {"checkpoint", "errors"},
@@ -35,7 +35,17 @@ ALLOWED = {
     "texts": {"errors"},
     "modeling": {"checkpoint", "errors", "families", "kernels", "quantize"},
     "calibration": {"errors", "families", "kernels", "texts"},
-    "evaluation": {"calibration", "checkpoint", "errors", "families", "kernels", "modeling", "progress", "texts"},
+    "evaluation": {
+        "calibration",
+        "checkpoint",
+        "errors",
+        "families",
+        "kernels",
+        "modeling",
+        "processes",
+        "progress",
+        "texts",
+    },
     "healing": {
         "calibration",
         "checkpoint",
@@ -77,6 +87,8 @@ def imported(path):
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reattend."):
             yield node.module.split(".")[1]
+        elif isinstance(node, ast.ImportFrom) and node.module == "reattend":
+            yield from (a.name for a in node.names if a.name in ALLOWED)
         elif isinstance(node, ast.Import):
             yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("reattend."))
 

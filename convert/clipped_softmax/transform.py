@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from reattend.calibration.attention_calls import observed_attention
+from reattend.calibration.divided import any_missing, missing
 from reattend.calibration.layerwise import LayerPass
 from reattend.convert.clipped_softmax.formulas import gamma_of_length, gammas, mass_histogram
 from reattend.convert.portable.step import PortableStep
@@ -79,10 +80,10 @@ class ClippedSoftmax(PortableStep):
 
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
         """Gather each head's histogram of weights, in one pass."""
-        if all(str(i) in statistics for i in range(source.num_layers)):
+        if not any_missing(statistics, map(str, range(source.num_layers))):
             return
         for layer in passes():
-            if str(layer.index) not in statistics:
+            if missing(statistics, str(layer.index)):
                 statistics[str(layer.index)] = {"mass": _mass(layer)}
 
     def statistics_bytes(self, source: Source) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from reattend.calibration.divided import missing
 from reattend.calibration.layerwise import LayerPass
 from reattend.calibration.search import fewest, rise, stored_loss, stored_perplexities
 from reattend.convert.mla.attention import LatentAttention
@@ -66,7 +67,7 @@ def divide_ranks(passes: Passes, statistics: Statistics, errors_at: ErrorsAt, mo
     """
     steps = _measured_steps(most // RANK_STEP)
     for layer in passes(_TEXT):
-        if f"errors-{layer.index}" not in statistics:
+        if missing(statistics, f"errors-{layer.index}"):
             statistics[f"errors-{layer.index}"] = {"errors": errors_at(layer, [step * RANK_STEP for step in steps])}
     count = sum(1 for name in statistics if name.startswith("errors-"))
     errors_YK = [_between(steps, statistics[f"errors-{i}"]["errors"].tolist()) for i in range(count)]

@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from reattend.calibration.divided import any_missing, missing, undivided
 from reattend.calibration.layerwise import LayerPass
 from reattend.checkpoint.header import TensorSpec
 from reattend.checkpoint.tensors import TORCH_DTYPES
@@ -163,10 +164,11 @@ class Mla(BaseModel):
         """Gather moments in one pass, choose the frequency list, convert and refit layers in another."""
         geometry, form = self._form.geometry(source), self._form
         layers = range(source.num_layers)
-        if any(f"moments-{i}" not in statistics for i in layers):
+        if any_missing(statistics, (f"moments-{i}" for i in layers)):
             for layer in passes("calibration", windows=MOMENT_WINDOWS):
-                tokens = layer.hidden["calibration"].shape[1]
-                statistics[f"moments-{layer.index}"] = gather_moments(layer, geometry, tokens)
+                if missing(statistics, f"moments-{layer.index}"):
+                    tokens = layer.hidden["calibration"].shape[1]
+                    statistics[f"moments-{layer.index}"] = gather_moments(layer, geometry, tokens)
         every = (read_moments(statistics[f"moments-{i}"]) for i in layers)
         slots = form.slots(every, geometry)
         statistics["model"] = {"pairs": slots[0]}
@@ -177,7 +179,10 @@ class Mla(BaseModel):
             found = self._decided(passes, statistics, slots, how)
             statistics["rank"] = {"latent_rank": torch.tensor(found)}
             ranks = found if isinstance(found, list) else [found] * len(ranks)
-        self._convert_all(source, passes, statistics, slots, [replace(how, latent_rank=rank) for rank in ranks])
+        # Each layer is fitted behind those before: that is one process's work.
+        own = undivided(statistics) if self.refit else statistics
+        if own is not None:
+            self._convert_all(source, passes, own, slots, [replace(how, latent_rank=rank) for rank in ranks])
 
     def _convert_all(
         self,
@@ -194,7 +199,7 @@ class Mla(BaseModel):
             i = layer.index
             if self.refit and prefix is None:
                 prefix = Prefix(layer.hidden)
-            if str(i) not in statistics:
+            if missing(statistics, str(i)):
                 moments = read_moments(statistics[f"moments-{i}"])
                 attention, errors = convert(layer, moments, (pairs_YS[i], kept_YS[i]), hows[i], prefix)
                 if prefix is not None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from reattend.calibration.attention_calls import observed_attention
+from reattend.calibration.divided import any_missing, missing
 from reattend.calibration.layerwise import LayerPass
 from reattend.errors import Refusal
 from reattend.families.attention_kinds import EXACT, INT8_FP8, INT8_FP16, KEY
@@ -63,10 +64,10 @@ class Int8Attention(BaseModel):
 
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
         """Measure every kind's similarity in every layer, in one pass."""
-        if all(str(i) in statistics for i in range(source.num_layers)):
+        if not any_missing(statistics, map(str, range(source.num_layers))):
             return
         for layer in passes():
-            if str(layer.index) not in statistics:
+            if missing(statistics, str(layer.index)):
                 statistics[str(layer.index)] = self._measured(layer)
 
     def _measured(self, layer: LayerPass) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reattend.calibration.divided import missing
 from reattend.calibration.layerwise import LayerPass
 from reattend.calibration.search import fewest, rise, stored_loss
 from reattend.errors import DeadEndError
@@ -32,9 +33,7 @@ class Keeping:
 
     def decide(self, passes: Passes, statistics: Statistics) -> None:
         """Measure; put `sensitivity` (MODULE: error, numbers) and `kept` (MODULE) into the statistics."""
-        if "sensitivity" not in statistics:
-            statistics["sensitivity"] = self._measured(passes)
-        order = ranked(statistics["sensitivity"])
+        order = ranked(self._sensitivity(passes, statistics))
 
         def loss(count: int) -> float:
             return stored_loss(statistics, f"kept-{count}", lambda: self._losses(passes, set(order[count:])))
@@ -46,17 +45,25 @@ class Keeping:
             )
         statistics["kept"] = {name: torch.tensor(True) for name in order[:count]}
 
-    def _measured(self, passes: Passes) -> dict[str, Tensor]:
+    def _sensitivity(self, passes: Passes, statistics: Statistics) -> dict[str, Tensor]:
+        if "sensitivity" not in statistics:
+            parts = []
+            for layer in passes(_TEXT):
+                parts.append(f"sensitivity-{layer.index}")
+                if missing(statistics, parts[-1]):
+                    statistics[parts[-1]] = self._measured(layer)
+            statistics["sensitivity"] = {name: value for part in parts for name, value in statistics[part].items()}
+        return statistics["sensitivity"]
+
+    def _measured(self, layer: LayerPass) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for layer in passes(_TEXT):
-            linears = self.linears(layer, None)
-            for name, error in output_errors(layer, _TEXT, linears).items():
-                if not math.isfinite(error):
-                    layer.text = _TEXT
-                    raise layer.bad_numbers(f"with {name} in int8")
-                found[self.prefix(layer.index) + name] = torch.tensor(
-                    [error, linears[name].codes.numel()], dtype=torch.float64
-                )
+        linears = self.linears(layer, None)
+        for name, error in output_errors(layer, _TEXT, linears).items():
+            if not math.isfinite(error):
+                layer.text = _TEXT
+                raise layer.bad_numbers(f"with {name} in int8")
+            numbers = linears[name].codes.numel()
+            found[self.prefix(layer.index) + name] = torch.tensor([error, numbers], dtype=torch.float64)
         return found
 
     def _losses(self, passes: Passes, quantised: set[str]) -> Tensor:

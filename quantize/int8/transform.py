@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from reattend.calibration.divided import any_missing, missing
 from reattend.checkpoint.header import TensorSpec
 from reattend.checkpoint.index import OUTLIERS
 from reattend.errors import Refusal
@@ -238,9 +239,9 @@ class Int8(BaseModel):
             frozenset(self._modules(source)), smooth=self.mode == "smooth", static=self.mode == "static",
             compensate=self.rounding == "compensated",
         )  # fmt: skip
-        if any(str(i) not in statistics for i in range(source.num_layers)):
+        if any_missing(statistics, map(str, range(source.num_layers))):
             for layer in passes(*(() if wanted.smooth else ("calibration",))):
-                if str(layer.index) not in statistics:
+                if missing(statistics, str(layer.index)):
                     statistics[str(layer.index)] = learn_layer(layer, source, wanted)
         if wanted.static:
             statistics["columns"] = choose_columns(source, statistics, self._modules(source), self.outlier_share)

@@ -1,9 +1,15 @@
 """Several processes under torchrun: which one this is, and what all of them must know."""
 
 import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
+from reattend.errors import Failure, Refusal
+
 _Value = TypeVar("_Value")
+# How long one waits for another: a large model may be written meanwhile.
+_PATIENCE = timedelta(days=7)
 
 
 def count() -> int:
@@ -21,12 +27,18 @@ def own_device(device: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if count() > 1 and device == "cuda" else device
 
 
+def check_device(device: str) -> None:
+    """Raise `Refusal` for a device that several processes would share."""
+    if count() > 1 and device not in ("cpu", "cuda"):
+        raise Refusal(f"device {device!r}: several processes take cpu, or cuda and then each its own")
+
+
 def join(device: str) -> None:
     """Meet the other processes; blocks until all are there."""
     if count() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=device == "cpu")
+        PartialState(cpu=device == "cpu", timeout=_PATIENCE)
 
 
 def agree(value: _Value) -> _Value:
@@ -36,5 +48,27 @@ def agree(value: _Value) -> _Value:
     from accelerate.utils import broadcast_object_list
 
     holder = [value]
-    broadcast_object_list(holder, from_process=0)
+    _together(lambda: broadcast_object_list(holder, from_process=0))
     return holder[0]
+
+
+def gather(values: Sequence[_Value]) -> list[list[_Value]]:
+    """Return every process's `values`, in the order of the processes; all of them must call it, after `join`."""
+    if count() == 1:
+        return [list(values)]
+    from accelerate.utils import gather_object
+
+    found: list[list[_Value]] = _together(lambda: gather_object([list(values)]))
+    return found
+
+
+def meet() -> None:
+    """Wait until every process is here."""
+    gather([0])
+
+
+def _together(call: Callable[[], _Value]) -> _Value:
+    try:
+        return call()
+    except RuntimeError as error:  # what torch.distributed raises when a process is gone
+        raise Failure("another process stopped; see what it says") from error

@@ -1,34 +1,19 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
+
+import children
 from pairs import QUICK, TEXTS, heal, weights
-
-import reattend
-from children import CONTEXT, heal_together
 from reattend.errors import Refusal
-from reattend.recipes.schema import parse_recipe
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def together(student, out, teacher, run=None, **settings):
     """Heal in two processes; return their exit codes."""
-    port = free_port()
     options = {"teacher": teacher, "settings": QUICK | settings, **TEXTS, **(run or {})}
-    children = [CONTEXT.Process(target=heal_together, args=(rank, port, student, out, options)) for rank in (0, 1)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-    return [child.exitcode for child in children]
+    return children.together("heal", student, out, **options)[0]
 
 
 def check_alike(one, two, student):
@@ -47,7 +32,7 @@ def check_alike(one, two, student):
 def test_torchrun(student, teacher, tmp_path):
     settings = [f"--set={key}={value}" for key, value in QUICK.items() if key not in ("window", "selection_windows")]
     options = ["--teacher", teacher, "--text", TEXTS["text"], "--selection", TEXTS["selection"], *settings]
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(children.free_port())]
     done = subprocess.run(
         [sys.executable, *command, "-m", "reattend", "heal", student, tmp_path / "two", *options,
          "--window", "32", "--selection-windows", "3", "--json"],
@@ -115,8 +100,4 @@ def test_what_several_processes_cannot_do(student, teacher, tmp_path, monkeypatc
     monkeypatch.setattr("reattend.pipeline.execution.check_device", lambda device: None)
     with pytest.raises(Refusal, match=r"several processes take cpu, or cuda"):
         heal(student, tmp_path / "out", teacher, {"device": "cuda:1"})
-    two = parse_recipe({"steps": [{"step": "heal"}, {"step": "int8"}], "window": 32}, "test")
-    with pytest.raises(Refusal, match="several processes: they take heal alone; run the other steps before"):
-        reattend.apply(two, student, tmp_path / "out")
     assert not any(tmp_path.iterdir())
-    reattend.apply("int8", student, tmp_path / "out")  # what one of several processes does for itself

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 
 from torch import Tensor
 
+from reattend.calibration.divided import missing
 from reattend.errors import BadNumbersError
 
 
@@ -15,7 +16,7 @@ def stored_loss(
 
     Raises `BadNumbersError` where it is no number.
     """
-    if name not in statistics:
+    if missing(statistics, name):
         statistics[name] = {"losses": measure()}
     loss = float(statistics[name]["losses"].mean())
     if not math.isfinite(loss):

@@ -112,7 +112,9 @@ def _amount(phase: str, done: int, total: int, lap: _Lap) -> str:
 
 
 def show(report: dict[str, Any], *, as_json: bool) -> None:
-    """Print a report: as JSON, as a table on a terminal, as aligned lines elsewhere."""
+    """Print a report, the first process alone: as JSON, as a table on a terminal, as aligned lines elsewhere."""
+    if processes.rank():
+        return
     if as_json:
         put(json.dumps(_numbers(report), indent=2, allow_nan=False))
     elif sys.stdout.isatty():

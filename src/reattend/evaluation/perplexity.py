@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from reattend import processes
 from reattend.calibration.tokens import sample_tokens
 from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import open_checkpoint
@@ -60,6 +61,7 @@ def evaluate(  # noqa: PLR0913 (what the command takes)
     if windows is not None and windows < 1:
         raise Refusal(f"windows: {windows}, expected 1 or more")
     check_dtype(dtype)
+    _check_processes(device, outliers)
     content = read_text(text)
     for measured in named:
         check_unused(content, measured)
@@ -74,8 +76,10 @@ def evaluate(  # noqa: PLR0913 (what the command takes)
         drawn = sample_tokens(calibration, tokenizer, windows=count, window=window, bos_each=bos_each)
     if against is not None:
         _check_tokenizers(tokenizer, load_tokenizer(folders[1]), cut)
+    processes.join(device)
     # What an output does on its own hardware is to be measured, also here: so int8 attention is simulated.
-    models = [load(folder, dtype=dtype, device=device, simulate=True).model for folder in folders]
+    own = processes.own_device(device)
+    models = [load(folder, dtype=dtype, device=own, simulate=True).model for folder in folders]
     subjects = [Subject(str(p), m, s.family) for p, m, s in zip(named, models, sources, strict=True)]
     rows, meters = _measured(subjects, cut, outliers, progress)
     report = {"model": str(model), "text": str(text), **_summary(subjects, rows, cut, window)}
@@ -89,6 +93,12 @@ def evaluate(  # noqa: PLR0913 (what the command takes)
         if drawn is not None:
             report[key] |= static.static_perplexity(subject, drawn, torch.tensor(cut.ids), progress)
     return report if calibration is None else report | static.record(calibration)
+
+
+def _check_processes(device: str, outliers: bool) -> None:
+    processes.check_device(device)
+    if outliers and processes.count() > 1:
+        raise Refusal("outliers: are measured by a single process; run it without torchrun")
 
 
 def _check(model: Path, window: int, outliers: bool) -> Source:
@@ -133,14 +143,17 @@ def _measured(
 ) -> tuple[list[Row], list[OutlierMeter]]:
     """Run all windows; return their means, none where a model does not predict, and what was seen of outliers."""
     meters = [OutlierMeter(subject.model, subject.family) for subject in subjects if outliers]
-    rows = []
+    rows: list[Row | None] = []
+    first, many = processes.rank(), processes.count()
     with ExitStack() as stack:
         for meter in meters:
             stack.enter_context(meter.watching())
-        for number, ids in enumerate(cut.ids, 1):
-            rows.append(_measure(subjects, ids))
-            progress("evaluating", number, len(cut.ids))
-    return [row for row in rows if row is not None], meters
+        for number in range(first, len(cut.ids), many):
+            rows.append(_measure(subjects, cut.ids[number]))
+            progress("evaluating", min(number + many, len(cut.ids)), len(cut.ids))
+    parts = processes.gather(rows)
+    dealt = (parts[number % many][number // many] for number in range(len(cut.ids)))
+    return [row for row in dealt if row is not None], meters
 
 
 def _measure(subjects: Sequence[Subject], ids: list[int]) -> Row | None:

@@ -1,77 +1,40 @@
 """Run a step's calibration and keep its statistics on disk, so that an interrupted run does it once."""
 
+import os
 import shutil
-from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from reattend import processes
 from reattend.calibration.layerwise import LayerPass, layer_passes, window_losses
 from reattend.calibration.tokens import cut_tokens, draw
 from reattend.checkpoint.index import MANIFEST, Checkpoint, open_checkpoint, read_json
-from reattend.checkpoint.staging import Staging, write_whole
-from reattend.errors import Failure, Refusal, first_line
-from reattend.families.source import Source
+from reattend.checkpoint.staging import Staging
+from reattend.errors import Refusal
+from reattend.families.source import Source, source_of
 from reattend.modeling.loading import load, load_tokenizer
 from reattend.pipeline.planning import Plan, Stage, windows_of
+from reattend.pipeline.stored_statistics import StoredStatistics
 from reattend.progress import Progress
+from reattend.recipes.table import COLLECTIVE
 from reattend.texts.reading import Text, check_separate, read_text
 from reattend.transform import Passes, Setting, Statistics
 
-_COMPLETE = "complete"
+
+class _Turn(NamedTuple):
+    """What the first of several processes tells the others to calibrate with it."""
+
+    stage: int
+    model: Path
+    statistics: Path
 
 
-class StoredStatistics(MutableMapping[str, dict[str, Tensor]]):
-    """Statistics in a folder, one safetensors file per name, written whole or not at all."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
-
-    def __getitem__(self, name: str) -> dict[str, Tensor]:
-        from safetensors.torch import load_file
-
-        if not self._file(name).exists():
-            raise KeyError(name)
-        try:
-            tensors: dict[str, Tensor] = load_file(self._file(name))
-        except Exception as error:
-            raise Failure(
-                f"{self._file(name)}: is damaged ({first_line(error)}); start again with --overwrite"
-            ) from error
-        return tensors
-
-    def __contains__(self, name: object) -> bool:
-        return self._file(str(name)).exists()
-
-    def __setitem__(self, name: str, tensors: dict[str, Tensor]) -> None:
-        from safetensors.torch import save
-
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self._file(name), save({key: value.contiguous() for key, value in tensors.items()}))
-
-    def __delitem__(self, name: str) -> None:
-        self._file(name).unlink()
-
-    def __iter__(self) -> Iterator[str]:
-        return (file.stem for file in sorted(self._folder.glob("*.safetensors")))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def finish(self) -> None:
-        """Declare the statistics complete."""
-        write_whole(self._folder / _COMPLETE, b"")
-
-    @property
-    def complete(self) -> bool:
-        """Whether `finish` was reached."""
-        return (self._folder / _COMPLETE).exists()
+_DONE: _Turn | None = None
 
 
 @dataclass(frozen=True)
@@ -101,15 +64,32 @@ class Calibration:
             return {}
         statistics = StoredStatistics(staging.work / "statistics")
         if not statistics.complete:
-            passes = self.passes(stage, model, staging.work / "scratch")
-            stage.transform.calibrate(stage.source, passes, statistics)
+            scratch = staging.work / "scratch"
+            number = next(n for n, planned in enumerate(self.plan.stages) if planned.step is stage.step)
+            processes.agree(_Turn(number, model, statistics.folder))
+            self.gather(stage, statistics, model, scratch)
             statistics.finish()
-            shutil.rmtree(passes.setting.scratch, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
         return statistics
 
-    def pending(self, staging: Staging) -> bool:
-        """Whether the only step of a recipe is still to be calibrated."""
-        return not staging.finished and not StoredStatistics(staging.work / "statistics").complete
+    def gather(self, stage: Stage, statistics: StoredStatistics, model: Path, scratch: Path) -> None:
+        """Run a step's calibration on `model`; of several processes each takes its part, and all meet at the end."""
+        passes = self.passes(stage, model, scratch)
+        if processes.count() == 1 or stage.name in COLLECTIVE:
+            given: Statistics = {} if processes.rank() else statistics
+            stage.transform.calibrate(stage.source, passes, given)
+            return
+        with statistics.divided() as divided:
+            stage.transform.calibrate(stage.source, passes, divided)
+            processes.meet()
+
+    def follow(self) -> None:
+        """Take part, as one of several processes, in what the first one does; that one alone writes the output."""
+        while (turn := processes.agree(_DONE)) is not None:
+            stage = self.plan.stages[turn.stage]
+            if turn.stage:
+                stage = replace(stage, source=source_of(open_checkpoint(turn.model)))
+            self.gather(stage, StoredStatistics(turn.statistics), turn.model, Path(os.devnull))
 
     def passes(self, stage: Stage, folder: Path, scratch: Path) -> Passes:
         """Return what a step's calibration is given on the model in `folder`."""
@@ -139,7 +119,7 @@ class _Passes:
     @cached_property
     def _model(self) -> Any:
         # fp32 where it costs no speed: statistics are better, and few CPUs compute in 16 bit.
-        device = self.setting.device
+        device = processes.own_device(self.setting.device)
         dtype = "float32" if device.startswith("cpu") else "auto"
         return load(self.setting.folder, dtype=dtype, device=device).model
 
@@ -147,7 +127,8 @@ class _Passes:
         """See `Passes`."""
         cut = self.setting.tokens
         tokens = {text: cut[text][:windows] for text in texts or cut}
-        for current in layer_passes(self._model, self.source.family, tokens, self.setting.device):
+        device = processes.own_device(self.setting.device)
+        for current in layer_passes(self._model, self.source.family, tokens, device):
             yield current
             self.setting.progress("calibrating", current.index + 1, self.source.num_layers)
 

@@ -22,7 +22,6 @@ from reattend.pipeline.planning import Plan, Stage, plan, settle
 from reattend.pipeline.streaming import stream
 from reattend.progress import Progress, silent
 from reattend.recipes.schema import Recipe, dump_recipe
-from reattend.recipes.table import COLLECTIVE
 
 
 @dataclass(frozen=True)
@@ -71,42 +70,22 @@ def apply(
     same kind of device give the same bytes, interrupted or not.
     """
     check_device(device)
+    processes.check_device(device)
     files = open_files(model)
     if not isinstance(files, LocalFolder):
         plan(recipe, model)  # what can't be done is refused before a Hub repository is downloaded
     planned = plan(recipe, files.download())
-    together = _together(planned, device)
     run = _Run(planned, prepare(planned, device, progress), progress)
     target = _target(planned, Path(out))
-    if together and processes.rank():
-        _follow(run)
+    if processes.rank():
+        processes.join(device)
+        run.calibration.follow()
         return planned
     with Staging(target, run.key(), resume=resume, overwrite=overwrite) as staging:
-        if together:
-            processes.join(device)
-            processes.agree(run.calibration.pending(staging))
+        processes.join(device)
         _run_or_clear(run, staging)
+    processes.agree(None)
     return settle(planned, read_findings(target)[-1])
-
-
-def _together(planned: Plan, device: str) -> bool:
-    """Whether several processes run this plan together. Raises `Refusal` where they can't."""
-    collective = [stage.name in COLLECTIVE for stage in planned.stages]
-    if processes.count() == 1 or not any(collective):
-        return False
-    if len(collective) > 1:
-        raise Refusal(f"several processes: they take {' or '.join(COLLECTIVE)} alone; run the other steps before")
-    if device not in ("cpu", "cuda"):
-        raise Refusal(f"device {device!r}: several processes take cpu, or cuda and then each its own")
-    return True
-
-
-def _follow(run: _Run) -> None:
-    """Take part, as one of several processes, in what the first one does; that one alone reads and writes files."""
-    processes.join(run.calibration.device)
-    (stage,), folder = run.plan.stages, Path(run.plan.checkpoint.files.name)
-    if processes.agree(False):
-        stage.transform.calibrate(stage.source, run.calibration.passes(stage, folder, Path(os.devnull)), {})
 
 
 def _run_or_clear(run: _Run, staging: Staging) -> None:

@@ -1,15 +1,19 @@
 """sensitivity(): what a step with something left open would decide, measured; nothing is written."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from reattend import processes
 from reattend.checkpoint.files import LocalFolder, open_files
 from reattend.errors import BadNumbersError, DeadEndError, Refusal
 from reattend.modeling.loading import check_device
-from reattend.pipeline.calibrating import Calibration, StoredStatistics, prepare
+from reattend.pipeline.calibrating import Calibration, prepare
 from reattend.pipeline.planning import Plan, plan, settle
+from reattend.pipeline.stored_statistics import StoredStatistics
 from reattend.progress import Progress, silent
 from reattend.recipes.schema import Recipe
 
@@ -29,12 +33,15 @@ def sensitivity(
     `bytes_after`. Raises `Refusal` for another recipe, and as `apply` does.
     """
     check_device(device)
+    processes.check_device(device)
     files = open_files(model)
     planned = plan(recipe, model)  # what can't be done is refused before a Hub repository is downloaded
     if len(planned.stages) != 1 or not planned.stages[0].transform.undecided:
         raise Refusal("sensitivity: expects a recipe of one step that leaves something open, as int8 with keep: auto")
     planned = planned if isinstance(files, LocalFolder) else plan(recipe, files.download())
-    findings = _measure(planned, prepare(planned, device, progress))
+    calibration = prepare(planned, device, progress)
+    processes.join(device)
+    findings = _measure(planned, calibration)
     report = {"model": str(model), "remarks": list(planned.remarks), "bytes_before": planned.checkpoint.nbytes}
     if "refused" not in findings:
         report["bytes_after"] = settle(planned, findings).layout.nbytes
@@ -44,13 +51,25 @@ def sensitivity(
 def _measure(planned: Plan, calibration: Calibration) -> dict[str, Any]:
     """Run the step's calibration; where it comes to nothing that can be written, what was measured stays true."""
     (stage,), folder = planned.stages, Path(planned.checkpoint.files.name)
-    with TemporaryDirectory() as scratch:
-        statistics = StoredStatistics(Path(scratch, "statistics"))
-        passes = calibration.passes(stage, folder, Path(scratch, "scratch"))
+    with _shared_folder() as scratch:
+        statistics = StoredStatistics(scratch / "statistics")
+        refused: dict[str, str] = {}
         try:
-            stage.transform.calibrate(stage.source, passes, statistics)
+            calibration.gather(stage, statistics, folder, scratch / "scratch")
         except BadNumbersError:
             raise
         except DeadEndError as error:
-            return stage.transform.findings(statistics) | {"refused": str(error)}
-        return stage.transform.findings(statistics)
+            refused["refused"] = str(error)
+        return stage.transform.findings(statistics) | refused
+
+
+@contextmanager
+def _shared_folder() -> Iterator[Path]:
+    """Make a temporary folder that all processes use; the first one removes it when none reads any more."""
+    if processes.rank():
+        yield Path(processes.agree(""))
+        processes.meet()
+        return
+    with TemporaryDirectory() as made:
+        yield Path(processes.agree(made))
+        processes.meet()
