@@ -18,7 +18,8 @@ from reattend.checkpoint.staging import Staging
 from reattend.errors import Refusal
 from reattend.families.source import Source, source_of
 from reattend.modeling.loading import load, load_tokenizer
-from reattend.pipeline.planning import Plan, Stage, windows_of
+from reattend.pipeline.planning import Plan, windows_of
+from reattend.pipeline.stage import Stage
 from reattend.pipeline.stored_statistics import StoredStatistics
 from reattend.progress import Progress
 from reattend.recipes.table import COLLECTIVE

@@ -1,4 +1,4 @@
-"""apply(): run a plan, one streamed pass per step; the output appears whole or not at all."""
+"""apply(): run a plan in streamed passes; the output appears whole or not at all."""
 
 import hashlib
 import json
@@ -18,7 +18,8 @@ from reattend.errors import DeadEndError, Failure, ReattendError, Refusal, first
 from reattend.families.source import source_of
 from reattend.modeling.loading import check_device
 from reattend.pipeline.calibrating import Calibration, earlier_texts, prepare
-from reattend.pipeline.planning import Plan, Stage, plan, settle
+from reattend.pipeline.passes import Pass, passes_of
+from reattend.pipeline.planning import Plan, plan, settle
 from reattend.pipeline.streaming import stream
 from reattend.progress import Progress, silent
 from reattend.recipes.schema import Recipe, dump_recipe
@@ -93,7 +94,7 @@ def _run_or_clear(run: _Run, staging: Staging) -> None:
     try:
         if not staging.finished:
             _check_space(run.plan, staging)
-            _run_stages(run, staging)
+            _run_passes(run, staging)
         staging.commit()
     except DeadEndError:
         staging.discard()
@@ -139,50 +140,48 @@ def _check_space(planned: Plan, staging: Staging) -> None:
         raise Refusal(f"{staging.out}: needs {planned.disk_bytes} bytes, {free} are free")
 
 
-def _run_stages(run: _Run, staging: Staging) -> None:
-    """Run every step; all but the last leave an intermediate model in the work folder until the next is there."""
+def _run_passes(run: _Run, staging: Staging) -> None:
+    """Make every pass; all but the last leave an intermediate model in the work folder until the next is there."""
     folder = Path(run.plan.checkpoint.files.name)
-    *earlier, last = run.plan.stages
+    *earlier, last = run.plan.passes
     made = [staging.work / f"model-{number}" for number in range(1, len(earlier) + 1)]
     done = max((number for number, model in enumerate(made, 1) if model.exists()), default=0)
-    for number, stage in enumerate(earlier, 1):
+    for number, steps in enumerate(earlier, 1):
         if number > done:
             with Staging(made[number - 1], {"stage": number}, resume=True, overwrite=False) as inner:
-                _run_stage(run, stage, folder, inner)
+                _run_pass(run, steps, folder, inner)
                 inner.commit()
         if number > 1 and folder.exists():
             aside = folder.with_name(f"{folder.name}.done")  # a half-removed model must not look like one
             folder.rename(aside)
             shutil.rmtree(aside)
         folder = made[number - 1]
-    _run_stage(run, last, folder, staging)
+    _run_pass(run, last, folder, staging)
 
 
-def _run_stage(run: _Run, stage: Stage, folder: Path, staging: Staging) -> None:
-    first = stage is run.plan.stages[0]
+def _run_pass(run: _Run, steps: Pass, folder: Path, staging: Staging) -> None:
+    first = steps.stages[0].step is run.plan.stages[0].step
     checkpoint = run.plan.checkpoint if first else open_checkpoint(folder)
-    # Planned was a config without what the steps before have learned since, such as a list of frequencies.
-    source = stage.source if first else source_of(checkpoint)
-    stage = replace(stage, source=source)
-    statistics = run.calibration.statistics(stage, folder, staging)
-    if stage.transform.undecided:
-        settled = settle(run.plan, stage.transform.findings(statistics)).stages[-1]
-        stage = replace(settled, source=source)
-    stream(stage, checkpoint, statistics, staging, run.progress)
+    source = steps.source if first else source_of(checkpoint)
+    calibrated = replace(steps.stages[0], source=source)
+    statistics = run.calibration.statistics(calibrated, folder, staging)
+    if calibrated.transform.undecided:
+        (steps,) = passes_of(settle(run.plan, calibrated.transform.findings(statistics)).stages[-1:])
+    steps = steps.bound(source, statistics)
+    stream(steps, checkpoint, statistics, staging, run.progress)
     for file in checkpoint.sidecars:
         staging.copy_file(Path(checkpoint.files.name) / file, file)
-    for file, content in stage.transform.side_files(stage.source, statistics):
+    for file, content in steps.side_files(statistics):
         staging.add_file(file, content)
-    findings = [] if first else read_findings(folder)
-    findings.append(stage.transform.findings(statistics))
+    findings = ([] if first else read_findings(folder)) + steps.findings(statistics)
     staging.add_file(RECIPE, dump_recipe(run.plan.recipe).encode())
     staging.add_file(MANIFEST, _json(run.manifest | {"findings": findings}))
-    _declare(stage, stage.transform.edit_config(stage.source, statistics), staging)
+    _declare(steps, steps.config(statistics), staging)
 
 
-def _declare(stage: Stage, config: dict[str, Any], staging: Staging) -> None:
+def _declare(steps: Pass, config: dict[str, Any], staging: Staging) -> None:
     """Write last what makes the folder a checkpoint."""
-    index = stage.layout.index()
+    index = steps.layout.index()
     if index is not None:
         staging.add_file(INDEX, index)
     staging.add_file("config.json", _json(config))

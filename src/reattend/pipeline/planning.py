@@ -17,69 +17,11 @@ from reattend.families.portable import engine_limits
 from reattend.families.source import Source, describe, source_of
 from reattend.modeling.int8_outliers import check_outliers
 from reattend.pipeline.memory import PROCESS_BYTES, calibration_bytes
+from reattend.pipeline.passes import Pass, passes_of
+from reattend.pipeline.stage import Stage
 from reattend.recipes.schema import Recipe, load_recipe
 from reattend.recipes.table import COLLECTIVE
 from reattend.transform import Group, Transform
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step bound to what it reads. `groups` in the order of work; `layout` places every tensor written."""
-
-    step: BaseModel
-    source: Source
-    result: Source
-    groups: tuple[Group, ...]
-    layout: Layout
-    remarks: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The step's name in a recipe."""
-        return str(self.step.step)  # type: ignore[attr-defined]
-
-    @property
-    def transform(self) -> Transform:
-        """The step as a transform."""
-        return self.step  # type: ignore[return-value]
-
-    @property
-    def changed(self) -> list[Group]:
-        """The groups that do not just keep a tensor."""
-        return [group for group in self.groups if not self.is_copy(group)]
-
-    @property
-    def group_bytes(self) -> int:
-        """Bytes of the largest group, in and out, two fp32 copies of its largest tensor, and a layer's statistics."""
-        statistics = self.transform.statistics_bytes(self.source) // self.source.num_layers
-        return max((self._bytes(group) for group in self.changed), default=0) + statistics
-
-    def _bytes(self, group: Group) -> int:
-        reads = [self.source.tensors[name] for name in group.reads]
-        copies = 8 * max(spec.numel for spec in reads)
-        return sum(spec.nbytes for spec in reads) + sum(spec.nbytes for spec in group.writes) + copies
-
-    @property
-    def most_bytes(self) -> int:
-        """Bytes of the tensors written, at most: what calibration is still to decide may leave all as they are."""
-        kept = sum(spec.nbytes for spec in self.source.tensors.values()) if self.transform.undecided else 0
-        return max(self.layout.nbytes, kept)
-
-    def is_copy(self, group: Group) -> bool:
-        """Whether a group is one tensor kept as it is: one with a key is the step's own."""
-        return not group.key and len(group.reads) == 1 and group.writes == (self.source.tensors[group.reads[0]],)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the step as plain data, sizes in bytes."""
-        return {
-            **self.step.model_dump(mode="json"),
-            "tensors_rewritten": sum(len(group.reads) for group in self.changed),
-            "tensors_written": sum(len(group.writes) for group in self.changed),
-            "tensors_kept": len(self.groups) - len(self.changed),
-            "bytes_after": self.layout.nbytes,
-            "texts": list(self.transform.texts),
-            "changes": [_change(self.source, group) for group in self.changed],
-        }
 
 
 @dataclass(frozen=True)
@@ -107,6 +49,11 @@ class Plan:
         return self.stages[-1].layout
 
     @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes over the weights that the steps take."""
+        return passes_of(self.stages)
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """The texts that the steps need."""
         return tuple(sorted({text for stage in self.stages for text in stage.transform.texts}))
@@ -125,7 +72,7 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Estimated peak bytes of the rewrite, calibration apart: the largest group, in and out, plus the process."""
-        return PROCESS_BYTES + max(stage.group_bytes for stage in self.stages)
+        return PROCESS_BYTES + max(one.group_bytes for one in self.passes)
 
     @property
     def calibration_bytes(self) -> dict[str, int]:
@@ -135,10 +82,11 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of the output, sidecars included, of a step's statistics and of the model between two steps."""
+        """Bytes of the output, sidecars included, of a step's statistics and of the model between two passes."""
         sidecars = sum(self.checkpoint.sizes[f] for f in self.checkpoint.sidecars)
-        sizes = [s.most_bytes + sum(map(len, s.layout.headers.values())) + sidecars for s in self.stages]
-        kept = [stage.transform.statistics_bytes(stage.source) for stage in self.stages]
+        lasts = [one.stages[-1] for one in self.passes]
+        sizes = [s.most_bytes + sum(map(len, s.layout.headers.values())) + sidecars for s in lasts]
+        kept = [one.stages[0].transform.statistics_bytes(one.source) for one in self.passes]
         return max(sum(bytes_) for bytes_ in zip(sizes, [0, *sizes], kept, strict=False))
 
     def summary(self) -> dict[str, Any]:
@@ -159,6 +107,7 @@ class Plan:
             "shards": len(self.layout.headers),
             "engines": last.transform.engines(last.source) | engine_limits(self.result.config),
             "remarks": list(self.remarks),
+            "passes": [[stage.name for stage in one.stages] for one in self.passes],
             "steps": [stage.summary() for stage in self.stages],
         }
 
@@ -181,14 +130,6 @@ def cache_bytes(source: Source) -> int:
     """KV cache bytes per token in the model's own dtype."""
     embedding = source.tensors[f"{source.prefix}{source.family.embedding}.weight"]
     return source.cache_numbers_per_token * max(16, BITS[embedding.dtype]) // 8
-
-
-def _change(source: Source, group: Group) -> dict[str, Any]:
-    def show(spec: TensorSpec) -> dict[str, Any]:
-        return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
-
-    reads = [show(source.tensors[name]) for name in group.reads]
-    return {"reads": reads, "writes": [show(spec) for spec in group.writes]}
 
 
 def plan(recipe: str | os.PathLike[str] | Recipe, model: str | os.PathLike[str]) -> Plan:

@@ -1,4 +1,4 @@
-"""Stream a step's groups from shards to the staged output."""
+"""Stream a pass's groups from shards to the staged output."""
 
 from collections.abc import Mapping
 from itertools import zip_longest
@@ -12,30 +12,28 @@ from reattend.checkpoint.index import Checkpoint
 from reattend.checkpoint.staging import Staging
 from reattend.checkpoint.tensors import ShardReader, all_finite, bytes_view, tensor_bytes
 from reattend.errors import BadNumbersError
-from reattend.pipeline.planning import Stage
+from reattend.pipeline.passes import Pass
 from reattend.progress import Progress
 from reattend.transform import Group, Statistics
 
 
-def stream(
-    stage: Stage, checkpoint: Checkpoint, statistics: Statistics, staging: Staging, progress: Progress
-) -> None:
+def stream(steps: Pass, checkpoint: Checkpoint, statistics: Statistics, staging: Staging, progress: Progress) -> None:
     """Rewrite `checkpoint` group by group, skipping the groups that the staging folder holds already."""
-    staging.open_shards(stage.layout, {number: _ends(stage, group) for number, group in enumerate(stage.groups)})
+    staging.open_shards(steps.layout, {number: _ends(steps, group) for number, group in enumerate(steps.groups)})
     reader = ShardReader(Path(checkpoint.files.name))
-    sizes = [sum(stage.source.tensors[name].nbytes for name in group.reads) for group in stage.groups]
+    sizes = [sum(steps.source.tensors[name].nbytes for name in group.reads) for group in steps.groups]
     done = sum(sizes[number] for number in staging.done)
     progress("rewriting", done, checkpoint.nbytes)
     todo = [number for number in range(len(sizes)) if number not in staging.done]
     try:
         for number, following in zip_longest(todo, todo[1:]):
-            group = stage.groups[number]
+            group = steps.groups[number]
             if following is not None:
-                reader.expect([checkpoint.tensors[name] for name in stage.groups[following].reads])
-            if stage.is_copy(group):
-                _copy(stage, checkpoint, group, reader, staging)
+                reader.expect([checkpoint.tensors[name] for name in steps.groups[following].reads])
+            if not group.key:
+                _copy(steps, checkpoint, group, reader, staging)
             else:
-                _rewrite(stage, checkpoint, group, reader, staging, statistics)
+                _rewrite(steps, checkpoint, group, reader, staging, statistics)
             staging.finish_group(number)
             done += sizes[number]
             progress("rewriting", done, checkpoint.nbytes)
@@ -43,18 +41,18 @@ def stream(
         reader.close()
 
 
-def _ends(stage: Stage, group: Group) -> dict[str, int]:
+def _ends(steps: Pass, group: Group) -> dict[str, int]:
     """How far a group's tensors reach into each shard."""
     ends: dict[str, int] = {}
     for spec in group.writes:
-        file, start = stage.layout.places[spec.name]
+        file, start = steps.layout.places[spec.name]
         ends[file] = max(ends.get(file, 0), start + spec.nbytes)
     return ends
 
 
-def _copy(stage: Stage, checkpoint: Checkpoint, group: Group, reader: ShardReader, staging: Staging) -> None:
+def _copy(steps: Pass, checkpoint: Checkpoint, group: Group, reader: ShardReader, staging: Staging) -> None:
     stored = checkpoint.tensors[group.reads[0]]
-    file, start = stage.layout.places[stored.spec.name]
+    file, start = steps.layout.places[stored.spec.name]
     for offset, block in reader.blocks(stored):
         if not all_finite(block, stored.spec.dtype):
             raise _bad_numbers(checkpoint, stored)
@@ -62,7 +60,7 @@ def _copy(stage: Stage, checkpoint: Checkpoint, group: Group, reader: ShardReade
 
 
 def _rewrite(
-    stage: Stage,
+    steps: Pass,
     checkpoint: Checkpoint,
     group: Group,
     reader: ShardReader,
@@ -70,7 +68,7 @@ def _rewrite(
     statistics: Statistics,
 ) -> None:
     tensors = reader.read_group([checkpoint.tensors[name] for name in group.reads])
-    written = stage.transform.apply(group, tensors, statistics, stage.source)
+    written = steps.rewrite(group, tensors, statistics)
     for spec in group.writes:
         tensor = written[spec.name]
         data = tensor_bytes(tensor)
@@ -79,7 +77,7 @@ def _rewrite(
         # A NaN or inf that goes in comes out in some float: so only what is written needs the look.
         if not all_finite(torch.frombuffer(data, dtype=torch.uint8), spec.dtype):
             raise _culprit(checkpoint, tensors, spec.name)
-        file, start = stage.layout.places[spec.name]
+        file, start = steps.layout.places[spec.name]
         staging.write(file, data, start)
 
 
