@@ -1,6 +1,6 @@
 """Steps that are taken in one pass over the weights: what one writes, the next reads from memory.
 
-A step that calibrates has to see the model before it, so it begins a pass; those that follow without calibration join.
+A step that calibrates has to see the model before it, so it begins a pass; those without calibration join one.
 """
 
 import json
