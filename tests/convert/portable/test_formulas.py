@@ -83,7 +83,7 @@ def test_heads_that_do_not_divide_the_input_are_refused():
 def test_a_gate_learns_from_its_start():
     for kind in GATE_KINDS:
         module, _ = gate(kind)
-        x, found = torch.randn(6, HIDDEN).double(), torch.randn(6, HEADS, WIDTH).double()
+        x, found = torch.randn(64, HIDDEN).double(), torch.randn(64, HEADS, WIDTH).double()  # no unit is dead for all
         module(x, found).square().sum().backward()
         last = module.proj.weight if hasattr(module, "proj") else module.weight
         assert float(last.grad.abs().min()) > 0, kind
