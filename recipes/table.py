@@ -8,6 +8,8 @@ TRANSFORMS = {
     "gates": "reattend.convert.gates.transform:Gates",
     "clipped_softmax": "reattend.convert.clipped_softmax.transform:ClippedSoftmax",
     "mla": "reattend.convert.mla.transform:Mla",
+    "attention_sharing": "reattend.convert.attention_sharing.transform:AttentionSharing",
+    "attention_drop": "reattend.convert.attention_drop.transform:AttentionDrop",
     "heal": "reattend.healing.step:Heal",
 }
 

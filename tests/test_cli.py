@@ -362,6 +362,8 @@ def test_other_libraries_keep_off_the_terminal(tmp_path, recipe):
 
 def test_recipes(monkeypatch, capsys, tmp_path):
     names = {
+        "attention-drop",
+        "attention-sharing",
         "portable",
         "gates",
         "clipped-softmax",

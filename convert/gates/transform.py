@@ -40,6 +40,8 @@ class Gates(PortableStep):
         remarks = super().check(source)
         if source.config.get("attention_gates") is not None:
             raise Refusal("config.json: attention_gates: the source has gates already")
+        if "attention_drop" in source.family.features:
+            raise Refusal("gates: layers of the source have no attention to put a gate on")
         hidden, heads = source.size("hidden"), int(source.get("heads"))
         if self.kind in ("linear", "mlp") and hidden % heads:
             raise Refusal(f"gates: kind: {self.kind} cuts the input into {heads} slices, which don't divide {hidden}")

@@ -250,18 +250,3 @@ def _output_bias(o_EHD: Tensor, value_bias_HD: Tensor | None, bias_E: Tensor | N
     # Softmax weights sum to 1, so a constant added to every value passes through attention unchanged.
     moved = torch.einsum("ehd,hd->e", o_EHD, value_bias_HD)
     return moved if bias is None else bias + moved
-
-
-def output_error(ours_BTE: Tensor, source_BTE: Tensor, floor: float = 0.1) -> Tensor:
-    """Return the mean over tokens of |ours - source|^2 / (|source|^2 + floor x median |source|^2).
-
-    Per token, because the first token's massive activation would otherwise be all of it.
-    """
-    return ((ours_BTE - source_BTE).pow(2).sum(-1) * token_weight(source_BTE, floor)).mean()
-
-
-def token_weight(source_BTE: Tensor, floor: float = 0.1) -> Tensor:
-    """Return the weight of a token's square error in `output_error`, (B, T); 1 where the source puts out nothing."""
-    size_BT = source_BTE.pow(2).sum(-1)
-    size_BT = size_BT + floor * size_BT.median()
-    return 1 / torch.where(size_BT > 0, size_BT, 1.0)

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reattend.calibration.fitting import Schedule, output_error
 from reattend.calibration.layerwise import Hook, LayerPass
 from reattend.convert.mla.attention import (
     LatentAttention,
     SourceAttention,
     compose,
-    output_error,
     read_source,
 )
 from reattend.convert.mla.closed_form import Choice, best_choice, convert_layer
 from reattend.convert.mla.geometry import Geometry
 from reattend.convert.mla.prefix import Prefix
 from reattend.convert.mla.queries import truncate_queries
-from reattend.convert.mla.refit import Schedule, fit_output, refit
+from reattend.convert.mla.refit import fit_output, refit
 from reattend.convert.mla.rotation import Components, rotate_heads
 from reattend.convert.mla.selection import RopePart, assign_slots, common_list, drop_cost, slot_gain, strongest
 from reattend.convert.mla.statistics import LayerMoments, MomentAccumulator, TokenMoments, mean_phase

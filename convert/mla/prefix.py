@@ -5,13 +5,13 @@ Fitted to the source's inputs instead, layers don't know of each other's errors,
 Legend: W windows, T tokens, E hidden.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from reattend.calibration.attention_calls import replaced_forward
 from reattend.calibration.layerwise import LayerPass
 from reattend.convert.mla.attention import LatentAttention, SourceAttention
 
@@ -51,19 +51,6 @@ def run_converted(layer: LayerPass, attention: LatentAttention, states: Tensor) 
     with replaced_forward(layer.module.get_submodule("self_attn"), attend), torch.inference_mode():
         for i in range(len(states)):
             states[i : i + 1].copy_(layer.call(states[i : i + 1]))
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute something else; a forward of its own, as accelerate's hooks set it, comes back."""
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def stored_attention(attention: LatentAttention) -> dict[str, Tensor]:

@@ -8,36 +8,17 @@ Legend: W windows, T tokens, E hidden; as in `attention` otherwise.
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reattend.convert.mla.attention import LatentAttention, output_error, token_weight
+from reattend.calibration.fitting import Schedule, output_error, solve_linear
+from reattend.calibration.orthogonal import OrthogonalMomentum
+from reattend.convert.mla.attention import LatentAttention
 from reattend.convert.mla.balance import balance
-from reattend.convert.mla.orthogonal import OrthogonalMomentum
-
-# Against the mean square of what o_proj reads. Without it 16k tokens overfit.
-_RIDGE = 0.1
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Steps of `windows` windows each; the rate rises over `warmup` steps, then falls to 0 as a cosine.
-
-    `rate` is the root mean square of a step's change of a matrix, against that of the matrix.
-    """
-
-    steps: int = 24
-    rate: float = 3e-3
-    warmup: int = 4
-    windows: int = 2
-
-    def rate_at(self, step: int) -> float:
-        """Return the rate of one step."""
-        rise = min(1.0, (step + 1) / max(1, self.warmup))
-        return self.rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 def refit(
@@ -98,30 +79,15 @@ def fit_output(layer: LatentAttention, x_WTE: Tensor, source_WTE: Tensor) -> Lat
     weight_ED = layer.output_EHV.flatten(1)
     columns = [weight_ED] if layer.output_bias_E is None else [weight_ED, layer.output_bias_E[:, None]]
     now_ED = torch.cat(columns, 1)
-    gram_DD, cross_DE = _normal_equations(layer, now_ED, x_WTE, source_WTE)
-    if not bool(torch.isfinite(gram_DD).all() and torch.isfinite(cross_DE).all()):
-        raise FloatingPointError("refit: the layer's inputs or outputs hold NaN or inf")
-    ridge = _RIDGE * gram_DD.diagonal().mean()
-    change_DE = torch.linalg.solve(gram_DD + ridge * torch.eye(len(gram_DD), dtype=torch.float64), cross_DE)
-    solved_ED = now_ED + change_DE.T.to(now_ED.dtype)
+
+    def seen() -> Iterator[tuple[Tensor, Tensor]]:
+        for x_TE, source_TE in zip(x_WTE, source_WTE, strict=True):
+            with torch.inference_mode():
+                read_TD = layer.mix(x_TE[None])[0].transpose(0, 1).flatten(1)
+                yield torch.nn.functional.pad(read_TD, (0, now_ED.shape[1] - read_TD.shape[1]), value=1.0), source_TE
+
+    solved_ED = solve_linear(now_ED, seen())
     changed: dict[str, Any] = {"output_EHV": solved_ED[:, : weight_ED.shape[1]].reshape(layer.output_EHV.shape)}
     if layer.output_bias_E is not None:
         changed["output_bias_E"] = solved_ED[:, -1].clone()
     return replace(layer, **changed)
-
-
-def _normal_equations(
-    layer: LatentAttention, now_ED: Tensor, x_WTE: Tensor, source_WTE: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sum weighted squares of what o_proj reads, and their products with what is missing; fp64."""
-    width, hidden = now_ED.shape[1], now_ED.shape[0]
-    gram_DD = torch.zeros(width, width, dtype=torch.float64)
-    cross_DE = torch.zeros(width, hidden, dtype=torch.float64)
-    for x_TE, source_TE in zip(x_WTE, source_WTE, strict=True):
-        with torch.inference_mode():
-            read_TD = layer.mix(x_TE[None])[0].transpose(0, 1).flatten(1)
-            read_TD = torch.nn.functional.pad(read_TD, (0, width - read_TD.shape[1]), value=1.0)
-            weighed_TD = read_TD * token_weight(source_TE[None])[0, :, None]
-            gram_DD += (weighed_TD.T @ read_TD).double()
-            cross_DE += (weighed_TD.T @ (source_TE - read_TD @ now_ED.T)).double()
-    return gram_DD, cross_DE

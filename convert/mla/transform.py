@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from reattend.calibration.divided import any_missing, missing, undivided
+from reattend.calibration.fitting import Schedule
 from reattend.calibration.layerwise import LayerPass
 from reattend.checkpoint.header import TensorSpec
 from reattend.checkpoint.tensors import TORCH_DTYPES
@@ -35,7 +36,6 @@ from reattend.convert.mla.calibration import (
 from reattend.convert.mla.forms import Form, NativeForm, PortableForm
 from reattend.convert.mla.geometry import Geometry, attention_name, empty_layer
 from reattend.convert.mla.prefix import Prefix, read_attention, stored_attention
-from reattend.convert.mla.refit import Schedule
 from reattend.convert.mla.statistics import LayerMoments
 from reattend.errors import Refusal
 from reattend.families.attention_kinds import KEY

@@ -49,6 +49,19 @@ def replaced_attention(layer: nn.Module, attend: Attention) -> Iterator[None]:
 
 
 @contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else; a forward of its own, as accelerate's hooks set it, comes back."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+@contextmanager
 def during_calls(module: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """Hold `context()` open while `module` runs, call by call.
 

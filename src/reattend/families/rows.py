@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from reattend.errors import Refusal
+
 
 @dataclass(frozen=True)
 class Feed:
@@ -32,7 +34,8 @@ class Family:
     """One row. `linears` maps a module name inside a layer to its (out, in) dimension symbols.
 
     `attention` is the module that computes attention; `attention_output` and `feed_forward_output` are the linears
-    whose outputs the residual stream takes up; a family with experts has none of the latter name.
+    whose outputs the residual stream takes up; a family with experts has none of the latter name. `absent` says which
+    linears some layers lack.
     """
 
     model_type: str
@@ -48,6 +51,7 @@ class Family:
     attention: str = "self_attn"
     attention_output: str = "self_attn.o_proj"
     feed_forward_output: str = "mlp.down_proj"
+    absent: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 _LLAMA_KEYS = {
@@ -202,7 +206,8 @@ FAMILIES = _STOCK | _PORTABLE
 # What a portable config switches on, as features.
 _SWITCHES = {
     "attention_bias": "qkv_bias", "qk_norm": "qk_norm", "sliding_window": "window", "attention_gates": "gates",
-    "clipped_softmax": "clipped_softmax", "latent_attention": "latent",
+    "clipped_softmax": "clipped_softmax", "latent_attention": "latent", "attention_sharing": "attention_sharing",
+    "attention_drop": "attention_drop",
 }  # fmt: skip
 # The portable model with latent attention; with norms, queries and rows are mapped behind them.
 _ROWS = "self_attn.kv_a_proj_with_mqa"
@@ -226,7 +231,18 @@ def portable_row(config: Mapping[str, Any]) -> Family:
     features = {feature for key, feature in _SWITCHES.items() if config.get(key) not in (None, False)}
     # A gate reads what the attention's norm puts out, too, and not always through a linear layer.
     feeds = tuple(f for f in row.feeds if "gates" not in features or f.consumers != _PROJECTIONS)
-    return replace(row, features=row.features | features, feeds=feeds)
+    return replace(row, features=row.features | features, feeds=feeds, absent=_absent(config))
+
+
+def _absent(config: Mapping[str, Any]) -> dict[int, tuple[str, ...]]:
+    """Return the projections that layers with another's attention, or with none, don't have."""
+    leaders, dropped = config.get("attention_sharing"), config.get("attention_drop")
+    for key, value in (("attention_sharing", leaders), ("attention_drop", dropped)):
+        if value is not None and not isinstance(value, list):
+            raise Refusal(f"config.json: {key}: expected a list")
+    followers = (layer for layer, leader in enumerate(leaders or ()) if leader is not None)
+    found = dict.fromkeys(followers, _PROJECTIONS[:2])
+    return found | dict.fromkeys((layer for layer in dropped or () if type(layer) is int), tuple(_ATTENTION))
 
 
 def is_portable(model_type: object) -> bool:

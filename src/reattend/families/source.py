@@ -67,7 +67,9 @@ class Source:
             return 0
         if "latent" in self.family.features:
             return sum(self.size("latent+rope", layer) for layer in range(self.num_layers))
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        absent = [name for names in self.family.absent.values() for name in names]
+        missing = sum(absent.count(f"self_attn.{name}_proj") for name in "kv")
+        return (2 * self.num_layers - missing) * self.num_kv_heads * self.head_dim
 
     @property
     def parameters(self) -> int:
@@ -108,7 +110,8 @@ class Source:
         """Yield (module name, weight shape as stored) of every linear layer of every layer."""
         for layer in range(self.num_layers):
             for name, (rows, columns) in self.family.linears.items():
-                yield self.layer_prefix(layer) + name, (self.size(rows, layer), self.size(columns, layer))
+                if name not in self.family.absent.get(layer, ()):
+                    yield self.layer_prefix(layer) + name, (self.size(rows, layer), self.size(columns, layer))
 
 
 def source_of(checkpoint: Checkpoint) -> Source:

@@ -205,6 +205,7 @@ def _stage(
     step: BaseModel, source: Source, places: dict[str, tuple[str, int]], metadata: dict[str, str], max_bytes: int
 ) -> Stage:
     transform: Transform = step  # type: ignore[assignment]
+    _check_passes(step, transform, source)
     remarks = transform.check(source)
     groups = _ordered(source, list(transform.groups(source)), places)
     written = [spec for group in groups for spec in group.writes]
@@ -212,6 +213,14 @@ def _stage(
     layout = lay_out(written, {"format": "pt"} | metadata, max_bytes)
     result = describe(transform.edit_config(source, {}), {spec.name: spec for spec in written})
     return Stage(step, source, result, groups, layout, tuple(remarks))
+
+
+def _check_passes(step: BaseModel, transform: Transform, source: Source) -> None:
+    """Refuse to calibrate layer by layer where a layer needs another's queries and keys, or has no attention."""
+    trains = step.step in COLLECTIVE  # type: ignore[attr-defined]
+    if source.family.absent and transform.texts and not trains:
+        name = step.step  # type: ignore[attr-defined]
+        raise Refusal(f"{name}: layers of the source share attention or have none; calibrate before they do")
 
 
 def _ordered(source: Source, groups: list[Group], places: dict[str, tuple[str, int]]) -> tuple[Group, ...]:

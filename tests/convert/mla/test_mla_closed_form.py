@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_mla_exact import plain_gqa, random_source
 
-from reattend.convert.mla.attention import compose, output_error
+from reattend.calibration.fitting import output_error
+from reattend.convert.mla.attention import compose
 from reattend.convert.mla.closed_form import Choice, best_choice, convert_layer, position_free_form
 from reattend.convert.mla.lowrank import Metric, flat_metric, joint_low_rank, output_metric
 from reattend.convert.mla.rope import Rotary, default_frequencies

@@ -8,12 +8,13 @@ from test_mla_closed_form import rope_of
 from test_mla_exact import ROPES, random_source
 from test_mla_refit import spoiled
 
-from reattend.convert.mla.attention import compose, output_error
+from reattend.calibration.fitting import Schedule, output_error
+from reattend.convert.mla.attention import compose
 from reattend.convert.mla.causal import causal_attention
 from reattend.convert.mla.closed_form import Choice, convert_layer
 from reattend.convert.mla.exact import same_cache
 from reattend.convert.mla.prefix import read_attention, stored_attention
-from reattend.convert.mla.refit import Schedule, refit
+from reattend.convert.mla.refit import refit
 from reattend.convert.mla.rope import read_rotary
 from reattend.convert.mla.statistics import MomentAccumulator
 

@@ -5,9 +5,10 @@ import torch
 import transformers
 
 from reattend import demo
+from reattend.calibration.fitting import Schedule, output_error
 from reattend.calibration.layerwise import layer_passes
 from reattend.checkpoint.index import open_checkpoint
-from reattend.convert.mla.attention import compose, output_error, read_source
+from reattend.convert.mla.attention import compose, read_source
 from reattend.convert.mla.calibration import (
     Conversion,
     convert,
@@ -18,7 +19,6 @@ from reattend.convert.mla.calibration import (
 from reattend.convert.mla.exact import same_cache
 from reattend.convert.mla.geometry import read_geometry
 from reattend.convert.mla.prefix import Prefix, read_attention, stored_attention
-from reattend.convert.mla.refit import Schedule
 from reattend.families.source import source_of
 
 LINES = demo.SELECT_TEXT.read_text().splitlines()

@@ -7,12 +7,13 @@ import torch
 from test_mla_closed_form import moments_of, rope_of
 from test_mla_exact import random_source
 
-from reattend.convert.mla.attention import compose, output_error
+from reattend.calibration.fitting import Schedule, output_error
+from reattend.calibration.orthogonal import orthogonal
+from reattend.convert.mla.attention import compose
 from reattend.convert.mla.balance import balance
 from reattend.convert.mla.causal import causal_attention
 from reattend.convert.mla.closed_form import Choice, convert_layer
-from reattend.convert.mla.orthogonal import orthogonal
-from reattend.convert.mla.refit import Schedule, fit_output, refit
+from reattend.convert.mla.refit import fit_output, refit
 from reattend.convert.mla.rope import Rotary, default_frequencies
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 import reattend
 from reattend import demo
+from reattend.calibration.fitting import Schedule
 from reattend.calibration.layerwise import layer_passes
 from reattend.checkpoint.index import open_checkpoint
 from reattend.convert.mla.calibration import Conversion, convert, gather_moments, read_moments, slots_of_all
 from reattend.convert.mla.geometry import read_geometry
-from reattend.convert.mla.refit import Schedule
 from reattend.convert.mla.transform import Mla
 from reattend.errors import Refusal
 from reattend.families.source import source_of

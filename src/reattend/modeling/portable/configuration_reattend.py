@@ -6,6 +6,9 @@ Each is a stock configuration and what a stock architecture has no key for:
     clipped_softmax   {"zeta": .., "gamma": one number, or per layer a list of one per head} or None
     latent_attention  {"rank": one number or one per layer, "rope_dim": .., "pairs": per layer the frequencies, as
                       indices into the model's, that turn its rotary numbers} or None: see `latent_reattend`
+    attention_sharing per layer the earlier layer whose queries and keys it attends with, or None; see
+                      `sharing_reattend`
+    attention_drop    the layers without attention, or None
 """
 
 import math
@@ -14,6 +17,29 @@ from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, LlamaConfig, OPTConfig
 
 FORMAT = 1  # rises when older code could no longer run what newer code writes
+
+
+def wrong_sharing(leaders, dropped, layer_types):
+    """Return what is wrong with `attention_sharing` and `attention_drop`, in one line; None where nothing is."""
+    layers, dropped = len(layer_types), [] if dropped is None else dropped
+    leaders = [None] * layers if leaders is None else leaders
+    first = {layer_types.index(kind) for kind in layer_types}
+    if any(type(layer) is not int or not 0 <= layer < layers for layer in dropped) or len(set(dropped)) < len(
+        dropped
+    ):
+        return f"attention_drop: expected different layers from 0 to {layers - 1}"
+    if any(layer in first for layer in dropped):
+        return f"attention_drop: layers {sorted(first)}, the first of their types, tell the length of the cache"
+    if len(leaders) != layers or any(leader is not None and type(leader) is not int for leader in leaders):
+        return f"attention_sharing: expected a layer or null for each of {layers} layers"
+    for layer, leader in enumerate(leaders):
+        if leader is None:
+            continue
+        if not 0 <= leader < layer or leaders[leader] is not None or leader in dropped or layer in dropped:
+            return f"attention_sharing: layer {layer} can't follow {leader}, which has to attend by itself before it"
+        if layer_types[leader] != layer_types[layer]:
+            return f"attention_sharing: layers {leader} and {layer} attend in different ways (layer_types)"
+    return None
 
 
 class _Optional:
@@ -71,6 +97,8 @@ class ReattendConfig(_Optional, LlamaConfig):
     attention_gates: dict | None = None
     clipped_softmax: dict | None = None
     latent_attention: dict | None = None
+    attention_sharing: list | None = None
+    attention_drop: list[int] | None = None
     reattend_format: int = FORMAT
 
     def __post_init__(self, **kwargs):
@@ -82,6 +110,11 @@ class ReattendConfig(_Optional, LlamaConfig):
         self.check_optional_parts()
         if self.latent_attention is not None:
             self._check_latent_attention(self.latent_attention)
+        wrong = wrong_sharing(self.attention_sharing, self.attention_drop, self.layer_types)
+        if wrong is None and self.latent_attention is not None and (self.attention_sharing or self.attention_drop):
+            wrong = "latent_attention: is neither shared between layers nor dropped"
+        if wrong is not None:
+            raise ValueError(wrong)
 
     def _check_latent_attention(self, latent: dict) -> None:
         layers, rank, pairs = self.num_hidden_layers, latent["rank"], latent["pairs"]

@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_reattend import OptionalParts, attend, init_optional_parts
 from .configuration_reattend import ReattendConfig
 from .latent_reattend import ReattendLatentAttention, init_latent_parts
+from .sharing_reattend import ReattendFollower, count_tokens
 
 
 class ReattendAttention(OptionalParts):
@@ -48,9 +49,12 @@ class ReattendAttention(OptionalParts):
         self.o_proj = nn.Linear(queries, hidden, bias=config.output_bias)
         norms = [LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"]
         self.q_norm, self.k_norm = norms
+        self.leads = layer_idx in (config.attention_sharing or ())
         self.add_optional_parts(config, layer_idx, self.head_dim)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, cache=None, **kwargs):
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask=None, cache=None, shared_attention=None, **kwargs
+    ):
         """Return the output (B, S, E) and the weights, where the attention function returns them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
@@ -59,6 +63,8 @@ class ReattendAttention(OptionalParts):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        if self.leads:
+            shared_attention[self.layer_idx] = query, key
         options = {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
         if self.sliding_window is not None:
             options["sliding_window"] = self.sliding_window
@@ -71,12 +77,30 @@ class ReattendAttention(OptionalParts):
 
 
 class ReattendDecoderLayer(LlamaDecoderLayer):
-    """A Llama layer around one of our attentions."""
+    """A Llama layer around one of our attentions, or around none."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        attention = ReattendAttention if config.latent_attention is None else ReattendLatentAttention
-        self.self_attn = attention(config, layer_idx)
+        self.layer_idx = layer_idx
+        if layer_idx in (config.attention_drop or ()):
+            self.self_attn = self.input_layernorm = None
+        else:
+            self.self_attn = _attention_of(config, layer_idx)(config, layer_idx)
+
+    def forward(self, hidden_states, cache=None, **kwargs):
+        """Return the layer's output (B, S, E)."""
+        if self.self_attn is not None:
+            return super().forward(hidden_states, cache=cache, **kwargs)
+        if cache is not None:
+            count_tokens(cache, hidden_states, self.layer_idx)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def _attention_of(config, layer_idx):
+    if config.latent_attention is not None:
+        return ReattendLatentAttention
+    follows = config.attention_sharing is not None and config.attention_sharing[layer_idx] is not None
+    return ReattendFollower if follows else ReattendAttention
 
 
 class ReattendPreTrainedModel(LlamaPreTrainedModel):
@@ -124,6 +148,8 @@ class ReattendModel(ReattendPreTrainedModel):
             position_ids = _positions(hidden, cache)
         masks = self._masks(hidden, attention_mask, cache, position_ids)
         rotation = self.rotary_emb(hidden, position_ids=position_ids)
+        if self.config.attention_sharing is not None:
+            kwargs["shared_attention"] = {}  # what leaders leave for their followers, in this call
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden = layer(
                 hidden, attention_mask=masks[kind], position_embeddings=rotation, position_ids=position_ids,

@@ -1,0 +1,1 @@
+"""Layers that attend with the queries and keys of an earlier one."""
