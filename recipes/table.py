@@ -10,6 +10,7 @@ TRANSFORMS = {
     "mla": "reattend.convert.mla.transform:Mla",
     "attention_sharing": "reattend.convert.attention_sharing.transform:AttentionSharing",
     "attention_drop": "reattend.convert.attention_drop.transform:AttentionDrop",
+    "dictionary": "reattend.convert.dictionary.transform:Dictionary",
     "heal": "reattend.healing.step:Heal",
 }
 

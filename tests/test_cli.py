@@ -364,6 +364,7 @@ def test_recipes(monkeypatch, capsys, tmp_path):
     names = {
         "attention-drop",
         "attention-sharing",
+        "dictionary",
         "portable",
         "gates",
         "clipped-softmax",

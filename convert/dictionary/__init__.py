@@ -1,0 +1,1 @@
+"""Attention weights of several layers from shared parts and low-rank factors."""

@@ -1,0 +1,233 @@
+"""The step `dictionary`: attention weights from parts that layers share and low-rank factors."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from reattend.calibration.divided import any_missing, missing
+from reattend.calibration.layerwise import LayerPass
+from reattend.checkpoint.tensors import TORCH_DTYPES
+from reattend.convert.dictionary.allocation import Curve, allocate
+from reattend.convert.dictionary.checks import check_source
+from reattend.convert.dictionary.moments import PROJECTIONS, gather_moments, second_of, sensitivities
+from reattend.convert.dictionary.solving import Block, Solver
+from reattend.errors import Refusal
+from reattend.families.source import Source
+from reattend.transform import Group, Passes, Statistics
+
+_WHOLE = -1  # in the statistics: a matrix that stays as it is
+_NOTHING_SHARED = 0.02  # captured energy beyond what norms alone explain
+
+
+class Dictionary(BaseModel):
+    """Weight dictionaries across layers (MASA), Basis Sharing, SVD-LLM: attention weights from fewer numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: Literal["dictionary"] = "dictionary"
+    reduction: float = Field(0.2, gt=0, lt=1, strict=True, description="share of the attention weights removed")
+    solver: Solver = Field(
+        "svd", description="svd: factors per matrix; basis: one basis for a block; pca, als: atoms and factors"
+    )
+    blocks: int | tuple[int, ...] | None = Field(
+        None, description="layers per block, or the first layer of each; svd: 1, basis: 2, pca and als: 5"
+    )
+    atom_share: float = Field(
+        0.5, ge=0, le=1, strict=True, description="pca, als: share of the numbers kept that goes to atoms"
+    )
+
+    @property
+    def tolerance(self) -> float:
+        """Relative L2 of logits: what looks broken is caught, no more; `eval` tells what was lost."""
+        return 1.0
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Moments come from one text, sensitivities from the other."""
+        return ("calibration", "selection")
+
+    @property
+    def undecided(self) -> bool:
+        """Weights keep their shapes."""
+        return False
+
+    def settled(self, findings: Mapping[str, Any]) -> "Dictionary":
+        """Return the step."""
+        return self
+
+    def check(self, source: Source) -> list[str]:
+        """Refuse sources whose projections can't be factored, and blocks that don't fit."""
+        check_source(source)
+        blocks = self._blocks(source)
+        attention = self._numbers(source)
+        kept, atoms = int((1 - self.reduction) * attention), self._shared_numbers(source)
+        if atoms > kept:
+            raise Refusal(f"dictionary: atom_share: atoms take {atoms} numbers of {kept}; lower it")
+        remarks = [
+            f"attention weights are made from {kept} numbers, before {attention}; "
+            "the output holds them dense, in the source's format: as large and as fast as before"
+        ]
+        if self.solver in ("pca", "als"):
+            count = sum(self._atoms(len(block)) for block in blocks)
+            remarks.append(f"{count} atoms per projection in {len(blocks)} blocks; {self.solver} needs layers alike")
+        return remarks
+
+    def _blocks(self, source: Source) -> list[tuple[int, ...]]:
+        layers, given = source.num_layers, self.blocks
+        if isinstance(given, tuple):
+            if not given or given[0] != 0 or list(given) != sorted(set(given)) or given[-1] >= layers:
+                raise Refusal(f"dictionary: blocks: expected rising layers from 0 to below {layers}")
+            return [tuple(range(a, b)) for a, b in zip(given, (*given[1:], layers), strict=True)]
+        size = {"svd": 1, "basis": 2}.get(self.solver, 5) if given is None else given
+        if not 1 <= size <= layers:
+            raise Refusal(f"dictionary: blocks: {size}, expected 1 to {layers} layers")
+        return [tuple(range(a, min(a + size, layers))) for a in range(0, layers, size)]
+
+    def _atoms(self, layers: int) -> int:
+        if self.solver not in ("pca", "als"):
+            return 0
+        return min(layers, round(layers * (1 - self.reduction) * self.atom_share))
+
+    def _numbers(self, source: Source) -> int:
+        return sum(
+            source.tensors[f"{source.layer_prefix(layer)}self_attn.{name}.weight"].numel
+            for layer in range(source.num_layers)
+            for name in PROJECTIONS
+        )
+
+    def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
+        """Gather moments; measure how errors weigh; find atoms; divide the numbers among the matrices."""
+        layers = range(source.num_layers)
+        if any_missing(statistics, (f"moments-{i}" for i in layers)):
+            for layer in passes("calibration"):
+                if missing(statistics, f"moments-{layer.index}"):
+                    statistics[f"moments-{layer.index}"] = gather_moments(layer)
+        if any_missing(statistics, (f"sensitivity-{i}" for i in layers)) or "ranks" not in statistics:
+            self._measure(source, passes, statistics)
+
+    def _measure(self, source: Source, passes: Passes, statistics: Statistics) -> None:
+        curves: dict[str, Curve] = {}
+        starts = {block[0]: block for block in self._blocks(source)}
+        held: dict[int, dict[str, Tensor]] = {}
+        for layer in passes("selection"):
+            i = layer.index
+            if missing(statistics, f"sensitivity-{i}"):
+                statistics[f"sensitivity-{i}"] = sensitivities(layer, statistics[f"moments-{i}"])
+            held[i] = _weights(layer)
+            block = next(block for start, block in starts.items() if i in block)
+            if i == block[-1]:
+                self._share(block, held, statistics, curves)
+                held.clear()
+        atoms = self._shared_numbers(source)
+        ranks = allocate(curves, int((1 - self.reduction) * self._numbers(source)) - atoms)
+        found = {name: torch.tensor(_WHOLE if rank is None else rank) for name, rank in ranks.items()}
+        statistics["ranks"] = found
+
+    def _shared_numbers(self, source: Source) -> int:
+        total = 0
+        for block in self._blocks(source):
+            atoms = self._atoms(len(block))
+            for name in PROJECTIONS:
+                size = source.tensors[f"{source.layer_prefix(block[0])}self_attn.{name}.weight"].numel
+                total += atoms * (size + len(block))
+        return total
+
+    def _share(
+        self,
+        layers: tuple[int, ...],
+        held: Mapping[int, Mapping[str, Tensor]],
+        statistics: Statistics,
+        curves: dict[str, Curve],
+    ) -> None:
+        for name in PROJECTIONS:
+            block = _block(name, layers, held, statistics)
+            shared = block.atoms(self.solver, self._atoms(len(layers)))
+            if shared:
+                statistics[f"{name}-{layers[0]}"] = shared
+            for unit in block.units(self.solver):
+                weights = [float(statistics[f"sensitivity-{i}"][name]) for i in unit.layers]
+                curves[unit.name] = block.curve(unit, shared, sum(weights) / len(weights))
+
+    def statistics_bytes(self, source: Source) -> int:
+        """Moments in fp64, atoms, and small files."""
+        hidden, output = source.size("hidden"), source.size("q")
+        moments = 8 * (2 * hidden**2 + output**2) * source.num_layers
+        return moments + 8 * self._shared_numbers(source) + (1 << 14) * (source.num_layers + 1)
+
+    def groups(self, source: Source) -> Iterator[Group]:
+        """Yield each block's projections."""
+        for block in self._blocks(source):
+            prefixes = [f"{source.layer_prefix(layer)}self_attn." for layer in block]
+            names = [f"{prefix}{name}.weight" for prefix in prefixes for name in PROJECTIONS]
+            yield Group(tuple(names), tuple(source.tensors[name] for name in names), key=str(block[0]))
+
+    def apply(
+        self, group: Group, tensors: Mapping[str, Tensor], statistics: Statistics, source: Source
+    ) -> dict[str, Tensor]:
+        """Return the projections that atoms and factors make, in the source's dtypes."""
+        layers = next(block for block in self._blocks(source) if block[0] == int(group.key))
+        held = {
+            layer: {
+                name: tensors[f"{source.layer_prefix(layer)}self_attn.{name}.weight"].double() for name in PROJECTIONS
+            }
+            for layer in layers
+        }
+        ranks = {name: None if int(rank) == _WHOLE else int(rank) for name, rank in statistics["ranks"].items()}
+        written = {}
+        for name in PROJECTIONS:
+            shared = statistics.get(f"{name}-{layers[0]}", {})
+            made = _block(name, layers, held, statistics).rebuilt(self.solver, shared, ranks)
+            for layer, weight in zip(layers, made, strict=True):
+                spec = source.tensors[f"{source.layer_prefix(layer)}self_attn.{name}.weight"]
+                written[spec.name] = weight.to(TORCH_DTYPES[spec.dtype])
+        return written
+
+    def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:
+        """Return the source's config."""
+        return dict(source.config)
+
+    def side_files(self, source: Source, statistics: Statistics) -> Iterator[tuple[str, bytes]]:
+        """Yield nothing."""
+        yield from ()
+
+    def findings(self, statistics: Statistics) -> dict[str, Any]:
+        """Return the ranks (null: whole), and, of atoms, the energy that they capture beyond what norms explain."""
+        if "ranks" not in statistics:
+            return {}
+        ranks: dict[str, dict[str, int | None]] = {}
+        for name, rank in sorted(statistics["ranks"].items(), key=lambda item: int(item[0].rpartition(".")[2])):
+            projection, _, layer = name.partition(".")
+            ranks.setdefault(projection, {})[layer] = None if int(rank) == _WHOLE else int(rank)
+        found: dict[str, Any] = {"ranks": ranks}
+        beyond = {name: self._beyond(name, statistics) for name in PROJECTIONS if self.solver in ("pca", "als")}
+        if beyond:
+            found["energy_beyond_norms"] = beyond
+            if max(map(max, beyond.values())) < _NOTHING_SHARED:
+                found["warning"] = "layers share no directions, only their norms differ: solver svd loses less"
+        return found
+
+    def _beyond(self, name: str, statistics: Statistics) -> list[float]:
+        blocks = sorted((int(key.rpartition("-")[2]), key) for key in statistics if key.startswith(f"{name}-"))
+        pairs = [statistics[key]["energy"].tolist() for _, key in blocks]
+        return [float(f"{captured - expected:.4g}") for captured, expected in pairs] or [0.0]
+
+    def engines(self, source: Source) -> dict[str, str]:
+        """Whatever serves the source serves the output."""
+        return dict.fromkeys(("transformers", "vllm", "sglang"), "yes, as the source")
+
+
+def _weights(layer: LayerPass) -> dict[str, Tensor]:
+    return {
+        name: layer.module.get_parameter(f"self_attn.{name}.weight").detach().cpu().double() for name in PROJECTIONS
+    }
+
+
+def _block(
+    name: str, layers: tuple[int, ...], held: Mapping[int, Mapping[str, Tensor]], statistics: Statistics
+) -> Block:
+    weights = torch.stack([held[layer][name] for layer in layers])
+    seconds = torch.stack([second_of(name, statistics[f"moments-{layer}"]) for layer in layers])
+    return Block(name, layers, weights, seconds)

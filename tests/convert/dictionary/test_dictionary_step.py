@@ -1,0 +1,138 @@
+"""The step dictionary, from end to end."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import reattend
+from pairs import tiny
+from reattend import demo
+from reattend.convert.dictionary.moments import PROJECTIONS
+from reattend.errors import Refusal
+from reattend.recipes.schema import parse_recipe
+
+SETTINGS = {
+    "window": 32, "windows": 6, "selection_windows": 3,
+    "calibration": str(demo.SELECT_TEXT), "selection": str(demo.EVAL_TEXT),
+}  # fmt: skip
+
+
+def recipe(**step):
+    return parse_recipe({"steps": [{"step": "dictionary", **step}], **SETTINGS}, "test")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny(tmp_path_factory.mktemp("dictionary") / "model", num_hidden_layers=4)
+    tensors = {name: value.double() for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def apply(model, out, **step):
+    reattend.apply(recipe(**step), model, out)
+    return json.loads((out / "reattend.json").read_text())["findings"][0]
+
+
+def projections(folder):
+    tensors = load_file(folder / "model.safetensors")
+    return {name: value for name, value in tensors.items() if name.split(".")[-2] in PROJECTIONS}
+
+
+def ranks_of(weights, groups):
+    """Numerical ranks of layers' weights, stacked by `groups` of layers."""
+    return [int(torch.linalg.matrix_rank(torch.cat([weights[i] for i in group]), rtol=1e-9)) for group in groups]
+
+
+@pytest.mark.parametrize("solver", ["svd", "basis", "pca", "als"])
+def test_the_numbers_are_within_the_budget(model, tmp_path, solver):
+    found = apply(model, tmp_path / "out", solver=solver, reduction=0.3, blocks=2)
+    before, after = projections(model), projections(tmp_path / "out")
+    assert set(before) == set(after)
+    total = sum(value.numel() for value in before.values())
+    spent = 0
+    for name in PROJECTIONS:
+        weights = [after[f"model.layers.{i}.self_attn.{name}.weight"] for i in range(4)]
+        rows, columns = weights[0].shape
+        atoms = round(2 * 0.7 * 0.5) if solver in ("pca", "als") else 0
+        spent += 2 * atoms * (rows * columns + 2)
+        together = solver == "basis" and name != "o_proj"
+        groups = [(0, 1), (2, 3)] if together else [(0,), (1,), (2,), (3,)]
+        said = found["ranks"][name]
+        for group, rank in zip(groups, ranks_of(weights, groups), strict=True):
+            promised = said[str(group[0])]
+            high = len(group) * rows
+            spent += high * columns if promised is None else promised * (high + columns)
+            if promised is not None and not atoms:
+                assert rank == promised
+    assert spent <= 0.7 * total
+    assert spent > 0.66 * total
+    if solver in ("svd", "basis"):  # atoms make of random layers something else altogether
+        assert reattend.verify(tmp_path / "out", against=model)["problems"] == []
+
+
+def test_nearly_nothing_removed_changes_nearly_nothing(model, tmp_path):
+    apply(model, tmp_path / "svd", solver="svd", reduction=1e-6)
+    changed = [
+        name for name, value in projections(tmp_path / "svd").items() if not value.equal(projections(model)[name])
+    ]
+    assert len(changed) <= 1
+
+
+def test_a_matrix_of_low_rank_is_found_and_pays(model, tmp_path):
+    """One q_proj has rank 4: it gives its numbers away, and stays exact."""
+    folder = tmp_path / "model"
+    tiny(folder, num_hidden_layers=4)
+    tensors = {name: value.double() for name, value in load_file(folder / "model.safetensors").items()}
+    name = "model.layers.2.self_attn.q_proj.weight"
+    tensors[name] = torch.randn(32, 4).double() @ torch.randn(4, 32).double() * 0.05
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = apply(folder, tmp_path / "out", reduction=0.04)
+    assert 4 <= found["ranks"]["q_proj"]["2"] < 16
+    others = [rank for p in PROJECTIONS for layer, rank in found["ranks"][p].items() if (p, layer) != ("q_proj", "2")]
+    assert others == [None] * 15
+    assert torch.allclose(projections(tmp_path / "out")[name], tensors[name], atol=1e-6)
+
+
+def test_layers_that_are_alike_share(tmp_path):
+    """Four layers with one q_proj times a factor: one atom holds them, and the diagnostic says so."""
+    folder = tiny(tmp_path / "model", num_hidden_layers=4)
+    tensors = {name: value.double() for name, value in load_file(folder / "model.safetensors").items()}
+    for name in PROJECTIONS:
+        for i in range(1, 4):
+            first = tensors[f"model.layers.0.self_attn.{name}.weight"]
+            tensors[f"model.layers.{i}.self_attn.{name}.weight"] = first * (1 + i / 4)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = apply(folder, tmp_path / "out", solver="pca", reduction=0.7, blocks=4, atom_share=0.85)
+    assert found["energy_beyond_norms"]["q_proj"][0] > 0.4
+    assert "warning" not in found
+    for name, value in projections(tmp_path / "out").items():
+        assert torch.allclose(value, tensors[name], atol=1e-9), name
+    plain = apply(demo.MODEL, tmp_path / "demo", solver="pca", reduction=0.3)
+    assert max(map(max, plain["energy_beyond_norms"].values())) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"blocks": 5}, "blocks: 5, expected 1 to 4 layers"),
+        ({"blocks": [1, 2]}, "blocks: expected rising layers from 0 to below 4"),
+        ({"blocks": [0, 4]}, "blocks: expected rising layers"),
+        ({"reduction": 1.0}, "reduction"),
+        ({"solver": "qr"}, "solver"),
+        ({"solver": "pca", "reduction": 0.01, "atom_share": 1.0, "blocks": 4}, "atoms take 12352 numbers of 12165"),
+    ],
+)
+def test_refused(model, step, message):
+    with pytest.raises(Refusal, match=message):
+        reattend.plan(recipe(**step), model)
+
+
+def test_sources_that_are_refused(models, model, tmp_path):
+    with pytest.raises(Refusal, match="phi3 has no separate q_proj"):
+        reattend.plan(recipe(), models("phi3"))
+    reattend.apply("int8", model, tmp_path / "int8")
+    with pytest.raises(Refusal, match="is quantised"):
+        reattend.plan(recipe(), tmp_path / "int8")
