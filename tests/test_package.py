@@ -57,7 +57,7 @@ ALLOWED = {
         "transform",
     },
     "kernels": set(),
-    "convert": {"calibration", "checkpoint", "convert", "errors", "families", "kernels", "transform"},
+    "convert": {"calibration", "checkpoint", "convert", "errors", "families", "kernels", "modeling", "transform"},
     "quantize": {"calibration", "checkpoint", "errors", "families", "kernels", "quantize", "transform"},
     "recipes": {"errors"},
     "pipeline": {

@@ -71,9 +71,9 @@ def read_follower(tensors: Mapping[str, Tensor], groups: int) -> Follower:
     output_EZ = tensors["o_proj.weight"]
     width = len(weight_VE) // groups
     return Follower(
-        weight_VE.unflatten(0, (groups, width)),
-        None if bias_V is None else bias_V.unflatten(0, (groups, width)),
-        output_EZ.unflatten(1, (-1, width)),
+        weight_VE.view(groups, width, -1),
+        None if bias_V is None else bias_V.view(groups, width),
+        output_EZ.view(len(output_EZ), -1, width),
         tensors.get("o_proj.bias"),
     )
 

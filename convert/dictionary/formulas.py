@@ -15,6 +15,7 @@ def root(second_NN: Tensor) -> Tensor:
     ridge = _FLOOR * second_NN.diagonal().mean().clamp_min(torch.finfo(second_NN.dtype).tiny)
     eye = torch.eye(len(second_NN), dtype=second_NN.dtype, device=second_NN.device)
     for _ in range(12):
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(second_NN + ridge * eye)
         if not int(failed):
             return factor

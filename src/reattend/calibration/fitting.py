@@ -64,4 +64,5 @@ def solve_linear(now_ED: Tensor, seen: Iterable[tuple[Tensor, Tensor]]) -> Tenso
         raise FloatingPointError("refit: the layer's inputs or outputs hold NaN or inf")
     ridge = _RIDGE * gram_DD.diagonal().mean()
     change_DE = torch.linalg.solve(gram_DD + ridge * torch.eye(width, dtype=torch.float64), cross_DE)
-    return now_ED + change_DE.T.to(now_ED.dtype)
+    solved_ED: Tensor = now_ED + change_DE.T.to(now_ED.dtype)
+    return solved_ED

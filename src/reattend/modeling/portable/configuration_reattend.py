@@ -19,7 +19,7 @@ from transformers import BertConfig, LlamaConfig, OPTConfig
 FORMAT = 1  # rises when older code could no longer run what newer code writes
 
 
-def wrong_sharing(leaders, dropped, layer_types):
+def wrong_sharing(leaders: list | None, dropped: list | None, layer_types: list[str]) -> str | None:
     """Return what is wrong with `attention_sharing` and `attention_drop`, in one line; None where nothing is."""
     layers, dropped = len(layer_types), [] if dropped is None else dropped
     leaders = [None] * layers if leaders is None else leaders
