@@ -194,13 +194,13 @@ class Dictionary(BaseModel):
         yield from ()
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
-        """Return the ranks (null: whole), and, of atoms, the energy that they capture beyond what norms explain."""
+        """Return the ranks, or that a matrix stays whole, and, of atoms, the energy that they capture beyond what norms explain."""
         if "ranks" not in statistics:
             return {}
-        ranks: dict[str, dict[str, int | None]] = {}
+        ranks: dict[str, dict[str, int | str]] = {}
         for name, rank in sorted(statistics["ranks"].items(), key=lambda item: int(item[0].rpartition(".")[2])):
             projection, _, layer = name.partition(".")
-            ranks.setdefault(projection, {})[layer] = None if int(rank) == _WHOLE else int(rank)
+            ranks.setdefault(projection, {})[layer] = "whole" if int(rank) == _WHOLE else int(rank)
         found: dict[str, Any] = {"ranks": ranks}
         beyond = {name: self._beyond(name, statistics) for name in PROJECTIONS if self.solver in ("pca", "als")}
         if beyond:

@@ -1,4 +1,5 @@
 import pytest
+
 from pairs import disturb, tiny
 
 

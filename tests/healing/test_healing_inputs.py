@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from pairs import QUICK, TEXTS, heal, tiny
 from safetensors.torch import load_file, save_file
 
 import reattend
+from pairs import QUICK, TEXTS, heal, tiny
 from reattend import demo
 from reattend.cli import main
 from reattend.errors import Refusal

@@ -3,9 +3,9 @@ import signal
 import time
 
 import pytest
-from pairs import QUICK, TEXTS, disturb, heal
 
 from children import CONTEXT, heal_slowly
+from pairs import QUICK, TEXTS, disturb, heal
 from reattend.errors import Failure, Refusal
 from reattend.healing import loop
 from reattend.healing.states import States

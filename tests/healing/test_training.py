@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
-from pairs import QUICK, TEXTS, heal, tiny, weights
 from safetensors.torch import load_file, save_file
 
 import reattend
+from pairs import QUICK, TEXTS, heal, tiny, weights
 from reattend.calibration.tokens import sample_tokens
 from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import DeadEndError, Refusal

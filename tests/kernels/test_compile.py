@@ -17,6 +17,7 @@ from reattend.kernels.attention import kernel as attend
 from reattend.kernels.attention import kernel_backward, kernel_decode, kernel_tiles
 from reattend.kernels.int8_linear import kernel
 from reattend.kernels.mla_decode import kernel as mla
+from reattend.kernels.shared_decode import kernel as shared_kernel
 
 # Dynamic shared memory that one block may use, bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
@@ -62,6 +63,17 @@ def mla_part(config, dtype, rank, rope):
 def mla_merge(dtype):
     pointers = {"p_part": "*fp32", "p_lse": "*fp32", "p_out": f"*{dtype}"}
     return mla._merge_kernel, pointers, {"BLOCK_L": 512}, mla.Config(1, 1, 4, 2)
+
+
+def shared(function, dtype, width):
+    pointers = dict.fromkeys(("p_q", "p_k", "p_v"), f"*{dtype}") | {"p_mask": "*i8", "scale": "fp32"}
+    pointers |= dict.fromkeys(("p_score", "p_part", "p_lse"), "*fp32")
+    constants = {"HAS_MASK": True, **shared_kernel.blocks(8, width, width, 4 if dtype == "fp32" else 2)}
+    config = mla.Config(16, constants["BLOCK_T"], shared_kernel.WARPS, shared_kernel.STAGES)
+    return (
+        function, {name: kind for name, kind in pointers.items() if name in function.arg_names},
+        {name: value for name, value in constants.items() if name in function.arg_names}, config,
+    )  # fmt: skip
 
 
 # What attention kernels take that may be absent, and what takes the most registers.
@@ -167,6 +179,9 @@ def shipped():
             yield f"mla-{rank}-{config.block_m}", mla_part(config, "bf16", rank, 64)
             yield f"mla-{rank}-{config.block_m}-wide", mla_part(config, "fp16", rank, 128)
     yield "mla-merge", mla_merge("bf16")
+    for function in (shared_kernel._lead_kernel, shared_kernel._follow_kernel):
+        for dtype, width in (("bf16", 64), ("fp16", 128), ("bf16", 256), ("fp32", 256)):
+            yield f"shared-{function.fn.__name__}-{dtype}-{width}", shared(function, dtype, width)
 
 
 def _aligned(name, kind):

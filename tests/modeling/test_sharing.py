@@ -5,6 +5,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import reattend
+from reattend.kernels.shared_decode import follow
+from reattend.modeling import attention_backend
 from reattend.modeling.portable.configuration_reattend import ReattendConfig
 from reattend.modeling.portable.modeling_reattend import ReattendForCausalLM
 from tiny_models import GQA
@@ -63,6 +65,35 @@ def test_attention_functions(shared, name):
     shared.set_attn_implementation(name)
     close(shared(IDS).logits, whole, atol=1e-4 if name == "eager" else 1e-12)  # eager's softmax is fp32
     close(pieces(shared, DynamicCache(config=shared.config)), whole, atol=1e-4 if name == "eager" else 1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_single_queries_read_their_leaders_scores(shared, padded, monkeypatch):
+    """By our attention a follower's decode is `follow`, with a mask and without, and the numbers are the same."""
+    calls = []
+    monkeypatch.setattr(attention_backend, "follow", lambda row, value: calls.append(value) or follow(row, value))
+    reattend.register_attention()
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 1 - int(padded)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    found = {}
+    for name in ("sdpa", "reattend"):
+        shared.set_attn_implementation(name)
+        for kind in ("dynamic", "static"):
+            cache = DynamicCache(config=shared.config)
+            if kind == "static":
+                cache = StaticCache(config=shared.config, max_cache_len=24)
+            shared(IDS[:, :12], attention_mask=mask[:, :12], position_ids=places[:, :12], cache=cache)
+            found[name, kind] = torch.cat([
+                shared(
+                    IDS[:, i : i + 1], attention_mask=mask[:, : i + 1], position_ids=places[:, i : i + 1], cache=cache
+                ).logits
+                for i in range(12, 20)
+            ], 1)  # fmt: skip
+    assert len(calls) == 2 * 8 * 3
+    for kind in ("dynamic", "static"):
+        close(found["reattend", kind], found["sdpa", kind])
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from reattend.kernels.attention import attention
 from reattend.kernels.attention.call import NO_MATTER, is_causal_call, read_call
 from reattend.kernels.attention.reference import visible
 from reattend.kernels.attention_int8 import Backend, Quantization, attention_int8
+from reattend.kernels.shared_decode import Row, follow, lead
 from reattend.quantize.attention.kinds import HOW
 
 _LOG = logging.getLogger(__name__)
@@ -115,8 +116,14 @@ def attend(
     Returns the output (B, S, H, V) and no weights. `softcap`, `s_aux` (sinks), `gamma` and `zeta` (clipped
     softmax) are computed, a sliding window is part of the mask; dropout
     and additive masks run through sdpa, said once in the log. A keyword that would change the result and is not
-    known raises `ValueError`; one that is merely unknown is named once in the log.
+    known raises `ValueError`; one that is merely unknown is named once in the log. `shared_row`, a dict, is where a
+    leader's single query leaves its scores, and its followers find them.
     """
+    row = more.pop("shared_row", None)
+    if row is not None:
+        shared = _decode_shared(query, key, value, attention_mask, scaling, row, more)
+        if shared is not None:
+            return shared, None
     if _is_single(query, attention_mask, more):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **more
@@ -133,6 +140,23 @@ def attend(
         )
     with _one_dtype(query, key, value) as tensors:
         return attention(*tensors, options).transpose(1, 2).contiguous(), None
+
+
+def _decode_shared(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, row: dict[str, Row],
+    more: dict[str, Any],
+) -> Tensor | None:  # fmt: skip
+    """Decode a layer that leads, or follows what its leader left in `row`; None where the call is another one."""
+    if "row" in row:
+        return follow(row["row"], value).transpose(1, 2).contiguous()
+    plain = all(other is None or name in NO_MATTER for name, other in more.items())
+    if query.shape[2] > 1 or not plain or (mask is not None and mask.dtype != torch.bool):
+        return None
+    if _is_traced() or (torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))):
+        return None
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    output, row["row"] = lead(query, key, value, scale=scale, mask=mask)
+    return output.transpose(1, 2).contiguous()
 
 
 @contextmanager
@@ -169,6 +193,7 @@ def _int8(
     more: dict[str, Any],
 ) -> tuple[Tensor, None]:
     how, rest = _quantization(module), dict(more)
+    rest.pop("shared_row", None)
     dropout, scaling, is_causal = (rest.pop(name, None) for name in ("dropout", "scaling", "is_causal"))
     if how is None or _stock_reason(mask, dropout or 0.0) is not None:
         return attend(module, *tensors, mask, **more)

@@ -107,12 +107,12 @@ def _take_over(path: Path, model: Any, checkpoint: Checkpoint, simulate: bool) -
 def choose_attention(path: Path, model: Any, config: dict[str, Any], *, simulate: bool = False) -> None:
     """Switch a model that runs sdpa to our attention: where its config declares quantised layers, and on a CPU.
 
-    On a GPU exact attention stays torch's, which is as fast, but for clipped softmax, which torch has not. Raises
-    `Refusal` for a declaration that nothing can run.
+    On a GPU exact attention stays torch's, which is as fast, but for clipped softmax and decode of shared attention,
+    which torch has not. Raises `Refusal` for a declaration that nothing can run.
     """
     declared = declared_kinds(config, getattr(model.config, "num_hidden_layers", 0), f"{path}/config.json")
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-    if declared is None and on_gpu and not config.get("clipped_softmax"):
+    if declared is None and on_gpu and not (config.get("clipped_softmax") or config.get("attention_sharing")):
         return
     now = model.config._attn_implementation
     if not model._supports_attention_backend or now != "sdpa":

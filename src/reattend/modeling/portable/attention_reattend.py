@@ -66,13 +66,16 @@ class AttentionGate(nn.Module):
                 init.normal_(parameter, mean=0.0, std=std)
 
 
-def attend(module, query, key, value, mask, *, eager, gamma=None, zeta=1.0, **options):
+def attend(module, query, key, value, mask, *, eager, gamma=None, zeta=1.0, row=None, **options):
     """Call the attention function that the config names; with `gamma` (H,) softmax is clipped.
 
     transformers' own functions don't clip, so `clipped_attention` stands in for sdpa and eager. `eager` is the
-    family's own eager function. Raises `ValueError` for an implementation that can't clip.
+    family's own eager function. `row` is where attention `reattend` leaves a leader's scores for its followers, other
+    functions don't know of it. Raises `ValueError` for an implementation that can't clip.
     """
     name = module.config._attn_implementation
+    if row is not None and name == "reattend":
+        options["shared_row"] = row
     if gamma is None:
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)(module, query, key, value, mask, **options)
     if name.startswith("reattend"):

@@ -63,13 +63,14 @@ class ReattendAttention(OptionalParts):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        row = {} if self.leads else None
         if self.leads:
-            shared_attention[self.layer_idx] = query, key
+            shared_attention[self.layer_idx] = query, key, row
         options = {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
         if self.sliding_window is not None:
             options["sliding_window"] = self.sliding_window
         found, weights = attend(
-            self, query, key, value, attention_mask, eager=eager_attention_forward,
+            self, query, key, value, attention_mask, eager=eager_attention_forward, row=row,
             **self.clipping, **options, **kwargs,
         )  # fmt: skip
         found = self.gated(hidden_states, found.view(shape))

@@ -38,14 +38,14 @@ class ReattendFollower(OptionalParts):
         """Return the output (B, S, E) and the weights; `shared_attention` holds each leader's queries and keys."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = shared_attention[self.leader]
+        query, key, row = shared_attention[self.leader]
         if cache is not None:
             value = cached_alone(cache, value, self.layer_idx, kwargs)
         options = {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
         if self.sliding_window is not None:
             options["sliding_window"] = self.sliding_window
         found, weights = attend(
-            self, query, key, value, attention_mask, eager=eager_attention_forward,
+            self, query, key, value, attention_mask, eager=eager_attention_forward, row=row,
             **self.clipping, **options, **kwargs,
         )  # fmt: skip
         found = self.gated(hidden_states, found.view(shape))
