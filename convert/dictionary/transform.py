@@ -194,7 +194,7 @@ class Dictionary(BaseModel):
         yield from ()
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
-        """Return the ranks, or that a matrix stays whole, and, of atoms, the energy that they capture beyond what norms explain."""
+        """Return the ranks, and, of atoms, the energy that they capture beyond what norms explain."""
         if "ranks" not in statistics:
             return {}
         ranks: dict[str, dict[str, int | str]] = {}
