@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reattend.calibration.search import rise
 from reattend.convert.attention_sharing.checks import check_source, kinds_of
-from reattend.convert.attention_sharing.selection import Limit, choose_dropped
+from reattend.convert.attention_sharing.selection import BUDGET, Limit, choose_dropped
 from reattend.convert.attention_sharing.trials import Trials
 from reattend.convert.portable.step import PortableStep
 from reattend.errors import Refusal
@@ -25,13 +25,14 @@ class AttentionDrop(PortableStep):
     count: int | None = Field(None, ge=1, strict=True, description="how many layers lose their attention")
     budget: float | None = Field(
         None, gt=0, strict=True,
-        description="as many as raise perplexity on the selection text by at most this share",
+        description="as many as raise perplexity on the selection text by at most this share "
+        f"[{BUDGET} where neither count nor layers are given]",
     )  # fmt: skip
     layers: tuple[int, ...] | None = Field(None, description="which layers, in the place of both")
 
     @model_validator(mode="after")
     def _check_one_way(self) -> "AttentionDrop":
-        if sum(value is not None for value in (self.count, self.budget, self.layers)) != 1:
+        if sum(value is not None for value in (self.count, self.budget, self.layers)) > 1:
             raise ValueError("expected one of count, budget and layers")
         if self.layers is not None and not self.layers:
             raise ValueError("layers: is empty")
@@ -67,16 +68,19 @@ class AttentionDrop(PortableStep):
             raise Refusal(f"attention_drop: layers: {wrong.partition(': ')[2]}")
         if self.count is not None and self.count >= source.num_layers:
             raise Refusal(f"attention_drop: count: {self.count}, the model has {source.num_layers} layers")
-        each = source.size("hidden") * (2 * source.size("q+kv") + 1)
+        prefix = source.layer_prefix(0)
+        lost = (f"{prefix}self_attn.", f"{prefix}input_layernorm.")
+        each = sum(spec.numel for name, spec in source.tensors.items() if name.startswith(lost))
         count = len(self.layers or ()) or self.count
-        open_ = "" if self.layers else "; sizes are those with all: calibration decides which they are"
-        many = "each layer" if count is None else f"{count} layers"
-        return [*remarks, f"{many} without attention save {each * (count or 1)} parameters, and their cache{open_}"]
+        open_ = "" if self.layers else " (sizes are those with all: calibration decides which they are)"
+        many = "layers" if count is None else f"{count} layers"
+        return [*remarks, f"{many} without attention{open_}: each saves {each} parameters, and its cache"]
 
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
         """Choose the layers."""
         trials = Trials(passes, statistics, _no_maps, source.num_kv_heads)
-        chosen, losses = choose_dropped(trials, kinds_of(source), Limit(self.count, self.budget))
+        budget = BUDGET if self.count is None and self.budget is None else self.budget
+        chosen, losses = choose_dropped(trials, kinds_of(source), Limit(self.count, budget))
         statistics["chosen"] = {
             "layers": torch.tensor(sorted(chosen.dropped)),
             "losses": torch.tensor(losses, dtype=torch.float64),

@@ -13,6 +13,7 @@ from reattend.errors import DeadEndError
 
 _TRIED = 6  # candidates that each addition tries, of all that are left
 REACH = 4  # how far back a leader may be
+BUDGET = 0.1  # where a recipe says nothing
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from reattend.convert.attention_sharing.checks import check_source, kinds_of
 from reattend.convert.attention_sharing.fitting import Prefix, fit_layer
 from reattend.convert.attention_sharing.following import own_follower, read_follower
 from reattend.convert.attention_sharing.formulas import best_map
-from reattend.convert.attention_sharing.selection import REACH, Limit, choose_followers
+from reattend.convert.attention_sharing.selection import BUDGET, REACH, Limit, choose_followers
 from reattend.convert.attention_sharing.similarity import Similarities
 from reattend.convert.attention_sharing.trials import Trials
 from reattend.convert.portable.step import PortableStep
@@ -33,7 +33,8 @@ class AttentionSharing(PortableStep):
     followers: int | None = Field(None, ge=1, strict=True, description="how many layers follow another")
     budget: float | None = Field(
         None, gt=0, strict=True,
-        description="as many as raise perplexity on the selection text by at most this share, before they are fitted",
+        description="as many as raise perplexity on the selection text by at most this share, before they are "
+        f"fitted [{BUDGET} where neither followers nor pairs are given]",
     )  # fmt: skip
     pairs: dict[int, int] | None = Field(None, description="the leader of each follower, in the place of both")
     refit: bool = Field(True, strict=True, description="fit followers' values and outputs to the source's layers")
@@ -43,7 +44,7 @@ class AttentionSharing(PortableStep):
 
     @model_validator(mode="after")
     def _check_one_way(self) -> "AttentionSharing":
-        if sum(value is not None for value in (self.followers, self.budget, self.pairs)) != 1:
+        if sum(value is not None for value in (self.followers, self.budget, self.pairs)) > 1:
             raise ValueError("expected one of followers, budget and pairs")
         if self.pairs is not None and not self.pairs:
             raise ValueError("pairs: is empty")
@@ -80,15 +81,19 @@ class AttentionSharing(PortableStep):
             raise Refusal(f"attention_sharing: pairs: {wrong.partition(': ')[2]}")
         if self.followers is not None and self.followers >= source.num_layers:
             raise Refusal(f"attention_sharing: followers: {self.followers}, the model has {source.num_layers} layers")
-        each = source.size("hidden") * source.size("q+kv")
-        count = len(self.pairs or ()) or self.followers
-        open_ = "" if self.pairs else "; sizes are those without followers: calibration decides which they are"
-        many = "each follower" if count is None else f"{count} followers"
         return [
             *remarks,
-            f"{many} save {each * (count or 1)} parameters, and half of their cache{open_}",
+            f"{self._saved(source)}, and half of its layer's cache",
             "a prompt costs a follower as much attention as before: what is saved are its q and k projections",
         ]
+
+    def _saved(self, source: Source) -> str:
+        lost = tuple(f"{source.layer_prefix(0)}self_attn.{name}" for name in _LOST)
+        each = sum(spec.numel for name, spec in source.tensors.items() if name.startswith(lost))
+        if self.pairs is not None:
+            return f"{len(self.pairs)} followers: each saves {each} parameters"
+        many = "followers" if self.followers is None else f"{self.followers} followers"
+        return f"{many} (sizes are those without: calibration decides which they are): each saves {each} parameters"
 
     def _leaders(self, source: Source) -> list[int | None]:
         outside = [layer for layer in self.pairs or () if not 0 <= layer < source.num_layers]
@@ -115,7 +120,8 @@ class AttentionSharing(PortableStep):
             return self._map(source, statistics, layer, leader)
 
         trials = Trials(passes, statistics, maps, source.num_kv_heads)
-        chosen, losses = choose_followers(trials, kinds_of(source), Limit(self.followers, self.budget))
+        budget = BUDGET if self.followers is None and self.budget is None else self.budget
+        chosen, losses = choose_followers(trials, kinds_of(source), Limit(self.followers, budget))
         pairs = dict(sorted(chosen.leaders.items()))
         statistics["chosen"] = {
             "pairs": torch.tensor([[layer, leader] for layer, leader in pairs.items()]),

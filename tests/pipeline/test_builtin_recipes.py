@@ -3,9 +3,9 @@
 import math
 
 import pytest
-from pairs import disturb
 
 import reattend
+from pairs import disturb
 from reattend import demo
 from reattend.recipes.schema import Recipe, builtin_recipes, load_recipe, override
 

@@ -8,7 +8,7 @@ from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Refusal
 from reattend.families.attention_kinds import declared_kinds
 from reattend.families.source import source_of
-from reattend.pipeline.planning import cache_bytes
+from reattend.pipeline.planning import cache_bytes, check_step
 from reattend.recipes.schema import step_class
 from reattend.recipes.table import TRANSFORMS
 
@@ -44,9 +44,8 @@ def _attention(folder: str, source: Any) -> dict[str, int] | str:
 
 
 def _applies(name: str, source: Any) -> str:
-    transform: Any = step_class(name)()
     try:
-        transform.check(source)
+        check_step(step_class(name)(), source)
     except Refusal as refusal:
         return f"no: {refusal}"
     return "yes"

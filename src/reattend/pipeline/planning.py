@@ -205,8 +205,7 @@ def _stage(
     step: BaseModel, source: Source, places: dict[str, tuple[str, int]], metadata: dict[str, str], max_bytes: int
 ) -> Stage:
     transform: Transform = step  # type: ignore[assignment]
-    _check_passes(step, transform, source)
-    remarks = transform.check(source)
+    remarks = check_step(step, source)
     groups = _ordered(source, list(transform.groups(source)), places)
     written = [spec for group in groups for spec in group.writes]
     _check_distinct(written, places)
@@ -215,12 +214,14 @@ def _stage(
     return Stage(step, source, result, groups, layout, tuple(remarks))
 
 
-def _check_passes(step: BaseModel, transform: Transform, source: Source) -> None:
-    """Refuse to calibrate layer by layer where a layer needs another's queries and keys, or has no attention."""
-    trains = step.step in COLLECTIVE  # type: ignore[attr-defined]
-    if source.family.absent and transform.texts and not trains:
-        name = step.step  # type: ignore[attr-defined]
+def check_step(step: BaseModel, source: Source) -> list[str]:
+    """Return a step's remarks on a source. Raises `Refusal` where it can't apply, or can't be calibrated."""
+    transform: Transform = step  # type: ignore[assignment]
+    name = step.step  # type: ignore[attr-defined]
+    if source.family.absent and transform.texts and name not in COLLECTIVE:
+        # Layer by layer, one would need another's queries and keys.
         raise Refusal(f"{name}: layers of the source share attention or have none; calibrate before they do")
+    return transform.check(source)
 
 
 def _ordered(source: Source, groups: list[Group], places: dict[str, tuple[str, int]]) -> tuple[Group, ...]:

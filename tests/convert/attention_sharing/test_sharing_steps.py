@@ -13,6 +13,7 @@ import reattend
 from pairs import tiny
 from reattend import demo
 from reattend.errors import DeadEndError, Refusal
+from reattend.pipeline.inspection import inspect
 from reattend.recipes.schema import parse_recipe
 from tiny_models import GQA
 
@@ -151,7 +152,7 @@ def test_budgets(model, tmp_path):
         ({"step": "attention_sharing", "pairs": {2: 1, 1: 0}}, "pairs: layer 2 can't follow 1"),
         ({"step": "attention_sharing", "pairs": {9: 1}}, "pairs: layer 9 is none of 5"),
         ({"step": "attention_sharing", "pairs": {1: -1}}, "pairs: layer 1 can't follow -1"),
-        ({"step": "attention_sharing"}, "expected one of followers, budget and pairs"),
+        ({"step": "attention_sharing", "followers": 1, "budget": 0.1}, "expected one of followers, budget and pairs"),
         ({"step": "attention_sharing", "pairs": {}}, "pairs: is empty"),
         ({"step": "attention_sharing", "followers": 5}, "followers: 5, the model has 5 layers"),
         ({"step": "attention_drop", "layers": [0]}, "layers: layers \\[0\\], the first of their types"),
@@ -183,6 +184,16 @@ def test_sources_that_are_refused(model, tmp_path):
     apply({"step": "attention_drop", "layers": [3]}, model, tmp_path / "dropped")
     with pytest.raises(Refusal, match="gates: layers of the source have no attention"):
         reattend.plan(recipe({"step": "gates"}), tmp_path / "dropped")
+
+
+def test_inspect_says_which_steps_apply(model, tmp_path):
+    apply({"step": "attention_sharing", "pairs": {2: 1}, "refit": False}, model, tmp_path / "shared")
+    steps = inspect(model)["steps"]
+    assert {steps[name] for name in ("attention_sharing", "attention_drop", "dictionary")} == {"yes"}
+    steps = inspect(tmp_path / "shared")["steps"]
+    assert steps["int8"] == steps["heal"] == "yes"
+    for name in ("mla", "int8_attention", "dictionary", "attention_drop"):
+        assert steps[name].startswith("no: "), name
 
 
 def test_the_plan_tells_the_cache_that_is_used(model, tmp_path):
