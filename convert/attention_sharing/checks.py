@@ -6,6 +6,7 @@ from reattend.families.source import Source
 _REFUSED = {
     "latent": "latent attention", "gates": "gated attention", "clipped_softmax": "clipped softmax",
     "attention_sharing": "attention that is shared already", "attention_drop": "layers without attention already",
+    "weight_dictionary": "weights that are stored as factors",
 }  # fmt: skip
 
 

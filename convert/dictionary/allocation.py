@@ -25,11 +25,11 @@ class Curve:
 
     @property
     def options(self) -> tuple[Tensor, Tensor]:
-        """Numbers taken and error of every choice: ranks below `numbers`, then, where it may, whole."""
+        """Numbers taken and error of every choice: ranks from 1 to below `numbers`, then, where it may, whole."""
         each = sum(self.shape)
-        most = min(len(self.error) - 1, (self.numbers - 1) // each)
-        costs = torch.arange(most + 1, dtype=torch.float64) * each
-        errors = self.error[: most + 1].double()
+        most = max(1, min(len(self.error) - 1, (self.numbers - 1) // each))
+        costs = torch.arange(1, most + 1, dtype=torch.float64) * each
+        errors = self.error[1 : most + 1].double()
         if not self.whole:
             return costs, errors
         whole = torch.tensor([float(self.numbers)], dtype=torch.float64)
@@ -37,17 +37,16 @@ class Curve:
 
     def rank(self, choice: int) -> int | None:
         """Return the rank of a choice, None for whole."""
-        return None if self.whole and choice == len(self.options[0]) - 1 else choice
+        return None if self.whole and choice == len(self.options[0]) - 1 else choice + 1
 
 
 def allocate(curves: Mapping[str, Curve], budget: int) -> dict[str, int | None]:
     """Return each matrix's rank, or None for whole, with the least sum of errors within `budget` numbers.
 
     One price for all numbers (a Lagrange multiplier) is bisected: each matrix takes the choice of the least error
-    plus price. What is left then goes where a number gains most. Raises `ValueError` for a budget below nothing.
+    plus price. What is left then goes where a number gains most. Raises `ValueError` for a budget that does not give
+    each matrix rank 1.
     """
-    if budget < 0:
-        raise ValueError(f"budget {budget}")
     options = {name: curve.options for name, curve in curves.items()}
 
     def take(price: float) -> dict[str, int]:
@@ -56,6 +55,9 @@ def allocate(curves: Mapping[str, Curve], budget: int) -> dict[str, int | None]:
     def spent(chosen: Mapping[str, int]) -> float:
         return sum(float(options[name][0][choice]) for name, choice in chosen.items())
 
+    least = sum(float(cost[0]) for cost, _ in options.values())
+    if least > budget:
+        raise ValueError(f"{least:.0f} numbers are the least, {budget} may be kept")
     if spent(chosen := take(0.0)) > budget:
         low, high = 0.0, max(float(error[0]) for _, error in options.values()) + 1e-300
         for _ in range(200):

@@ -14,7 +14,9 @@ from reattend.convert.dictionary.allocation import Curve, allocate
 from reattend.convert.dictionary.checks import check_source
 from reattend.convert.dictionary.moments import PROJECTIONS, gather_moments, second_of, sensitivities
 from reattend.convert.dictionary.solving import Block, Solver
-from reattend.errors import Refusal
+from reattend.convert.dictionary.storing import StoredBlock
+from reattend.convert.portable.form import check_portable, code_files, portable_config
+from reattend.errors import DeadEndError, Refusal
 from reattend.families.source import Source
 from reattend.transform import Group, Passes, Statistics
 
@@ -39,6 +41,13 @@ class Dictionary(BaseModel):
         0.5, ge=0, le=1, strict=True, description="pca, als: share of the numbers kept that goes to atoms"
     )
 
+    export: Literal["dense", "factors"] = Field(
+        "dense", description="dense: the source's format; factors: as few numbers as are kept, in the portable model"
+    )
+    ranks: dict[str, dict[int, int | Literal["whole"]]] | None = Field(
+        None, description="export: factors: the ranks that calibration divided, as `reattend.json` lists them"
+    )
+
     @property
     def tolerance(self) -> float:
         """Relative L2 of logits: what looks broken is caught, no more; `eval` tells what was lost."""
@@ -51,12 +60,15 @@ class Dictionary(BaseModel):
 
     @property
     def undecided(self) -> bool:
-        """Weights keep their shapes."""
-        return False
+        """Whether calibration decides which shapes are written: dense weights keep theirs."""
+        return self.export == "factors" and self.ranks is None
 
     def settled(self, findings: Mapping[str, Any]) -> "Dictionary":
-        """Return the step."""
-        return self
+        """Return the step with the ranks that were found."""
+        if not self.undecided:
+            return self
+        ranks = {name: {int(layer): rank for layer, rank in row.items()} for name, row in findings["ranks"].items()}
+        return self.model_copy(update={"ranks": ranks})
 
     def check(self, source: Source) -> list[str]:
         """Refuse sources whose projections can't be factored, and blocks that don't fit."""
@@ -66,10 +78,12 @@ class Dictionary(BaseModel):
         kept, atoms = int((1 - self.reduction) * attention), self._shared_numbers(source)
         if atoms > kept:
             raise Refusal(f"dictionary: atom_share: atoms take {atoms} numbers of {kept}; lower it")
-        remarks = [
-            f"attention weights are made from {kept} numbers, before {attention}; "
-            "the output holds them dense, in the source's format: as large and as fast as before"
-        ]
+        held = "the output holds them dense, in the source's format: as large and as fast as before"
+        if self.export == "factors":
+            check_portable(source, self.step)
+            held = "the output holds them alone, in the portable model"
+            held += "; sizes are those of the source: calibration decides which they are" if self.undecided else ""
+        remarks = [f"attention weights are made from {kept} numbers, before {attention}; {held}"]
         if self.solver in ("pca", "als"):
             count = sum(self._atoms(len(block)) for block in blocks)
             remarks.append(f"{count} atoms per projection in {len(blocks)} blocks; {self.solver} needs layers alike")
@@ -122,7 +136,10 @@ class Dictionary(BaseModel):
                 self._share(block, held, statistics, curves)
                 held.clear()
         atoms = self._shared_numbers(source)
-        ranks = allocate(curves, int((1 - self.reduction) * self._numbers(source)) - atoms)
+        try:
+            ranks = allocate(curves, int((1 - self.reduction) * self._numbers(source)) - atoms)
+        except ValueError as error:
+            raise DeadEndError(f"dictionary: reduction: {self.reduction} can't be reached: {error}") from error
         found = {name: torch.tensor(_WHOLE if rank is None else rank) for name, rank in ranks.items()}
         statistics["ranks"] = found
 
@@ -155,19 +172,28 @@ class Dictionary(BaseModel):
         """Moments in fp64, atoms, and small files."""
         hidden, output = source.size("hidden"), source.size("q")
         moments = 8 * (2 * hidden**2 + output**2) * source.num_layers
+        moments += 1 << 17 if self.export == "factors" else 0  # the code
         return moments + 8 * self._shared_numbers(source) + (1 << 14) * (source.num_layers + 1)
 
     def groups(self, source: Source) -> Iterator[Group]:
-        """Yield each block's projections."""
+        """Yield each block's projections; to be factored, once ranks are known, with their biases."""
         for block in self._blocks(source):
             prefixes = [f"{source.layer_prefix(layer)}self_attn." for layer in block]
             names = [f"{prefix}{name}.weight" for prefix in prefixes for name in PROJECTIONS]
-            yield Group(tuple(names), tuple(source.tensors[name] for name in names), key=str(block[0]))
+            if self.export == "dense":
+                yield Group(tuple(names), tuple(source.tensors[name] for name in names), key=str(block[0]))
+            elif self.ranks is not None:
+                names += [bias for name in names if (bias := f"{name[:-6]}bias") in source.tensors]
+                yield Group(tuple(names), tuple(self._stored(source, block).specs()), key=str(block[0]))
+
+    def _stored(self, source: Source, block: tuple[int, ...]) -> StoredBlock:
+        assert self.ranks is not None
+        return StoredBlock(source, self.solver, block, self._atoms(len(block)), self.ranks)
 
     def apply(
         self, group: Group, tensors: Mapping[str, Tensor], statistics: Statistics, source: Source
     ) -> dict[str, Tensor]:
-        """Return the projections that atoms and factors make, in the source's dtypes."""
+        """Return the projections that atoms and factors make, or these themselves, in the source's dtypes."""
         layers = next(block for block in self._blocks(source) if block[0] == int(group.key))
         held = {
             layer: {
@@ -175,23 +201,41 @@ class Dictionary(BaseModel):
             }
             for layer in layers
         }
-        ranks = {name: None if int(rank) == _WHOLE else int(rank) for name, rank in statistics["ranks"].items()}
-        written = {}
+        written: dict[str, Tensor] = {}
         for name in PROJECTIONS:
             shared = statistics.get(f"{name}-{layers[0]}", {})
-            made = _block(name, layers, held, statistics).rebuilt(self.solver, shared, ranks)
-            for layer, weight in zip(layers, made, strict=True):
-                spec = source.tensors[f"{source.layer_prefix(layer)}self_attn.{name}.weight"]
-                written[spec.name] = weight.to(TORCH_DTYPES[spec.dtype])
-        return written
+            block = _block(name, layers, held, statistics)
+            if self.export == "factors":
+                written |= self._stored(source, layers).tensors(block, shared)
+                continue
+            for layer, weight in zip(layers, block.rebuilt(self.solver, shared, _ranks(statistics)), strict=True):
+                written[f"{source.layer_prefix(layer)}self_attn.{name}.weight"] = weight
+        if self.export == "factors":
+            written |= self._stored(source, layers).kept(tensors)
+        return {spec.name: written[spec.name].to(TORCH_DTYPES[spec.dtype]) for spec in group.writes}
 
     def edit_config(self, source: Source, statistics: Statistics) -> dict[str, Any]:
-        """Return the source's config."""
-        return dict(source.config)
+        """Return the source's config, or that of the portable model with the dictionary's shape."""
+        if self.export == "dense":
+            return dict(source.config)
+        if self.ranks is None:
+            return portable_config(source, {})
+        blocks = self._blocks(source)
+        how = {
+            "solver": self.solver,
+            "blocks": [block[0] for block in blocks],
+            "atoms": [self._atoms(len(block)) for block in blocks],
+            "ranks": {
+                name: [self._stored(source, block).rank(name, layer) for block in blocks for layer in block]
+                for name in PROJECTIONS
+            },
+        }
+        return portable_config(source, {"weight_dictionary": how})
 
     def side_files(self, source: Source, statistics: Statistics) -> Iterator[tuple[str, bytes]]:
-        """Yield nothing."""
-        yield from ()
+        """Yield the code of the portable model, where that is written."""
+        if self.export == "factors":
+            yield from code_files(source)
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
         """Return the ranks, and, of atoms, the energy that they capture beyond what norms explain."""
@@ -215,8 +259,15 @@ class Dictionary(BaseModel):
         return [float(f"{captured - expected:.4g}") for captured, expected in pairs] or [0.0]
 
     def engines(self, source: Source) -> dict[str, str]:
-        """Whatever serves the source serves the output."""
-        return dict.fromkeys(("transformers", "vllm", "sglang"), "yes, as the source")
+        """Whatever serves the source serves dense weights; factors are no linear layers that engines know."""
+        if self.export == "dense":
+            return dict.fromkeys(("transformers", "vllm", "sglang"), "yes, as the source")
+        no = "no: it replaces linear layers by its own, and does not know factors"
+        return {"transformers": "yes, with trust_remote_code=True", "vllm": no, "sglang": no}
+
+
+def _ranks(statistics: Statistics) -> dict[str, int | None]:
+    return {name: None if int(rank) == _WHOLE else int(rank) for name, rank in statistics["ranks"].items()}
 
 
 def _weights(layer: LayerPass) -> dict[str, Tensor]:

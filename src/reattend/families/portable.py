@@ -44,7 +44,7 @@ class PortableClasses:
 PORTABLE = {
     "reattend": PortableClasses(
         "modeling_reattend", "ReattendConfig", "ReattendModel", "ReattendForCausalLM",
-        beside=("latent_reattend.py", "sharing_reattend.py"),
+        beside=("latent_reattend.py", "sharing_reattend.py", "dictionary_reattend.py"),
     ),
     "reattend_opt": PortableClasses(
         "modeling_reattend_opt", "ReattendOPTConfig", "ReattendOPTModel", "ReattendOPTForCausalLM"

@@ -35,7 +35,7 @@ class Family:
 
     `attention` is the module that computes attention; `attention_output` and `feed_forward_output` are the linears
     whose outputs the residual stream takes up; a family with experts has none of the latter name. `absent` says which
-    linears some layers lack.
+    linears some layers lack, `factored` which are stored as factors.
     """
 
     model_type: str
@@ -52,6 +52,7 @@ class Family:
     attention_output: str = "self_attn.o_proj"
     feed_forward_output: str = "mlp.down_proj"
     absent: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    factored: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 _LLAMA_KEYS = {
@@ -207,7 +208,7 @@ FAMILIES = _STOCK | _PORTABLE
 _SWITCHES = {
     "attention_bias": "qkv_bias", "qk_norm": "qk_norm", "sliding_window": "window", "attention_gates": "gates",
     "clipped_softmax": "clipped_softmax", "latent_attention": "latent", "attention_sharing": "attention_sharing",
-    "attention_drop": "attention_drop",
+    "attention_drop": "attention_drop", "weight_dictionary": "weight_dictionary",
 }  # fmt: skip
 # The portable model with latent attention; with norms, queries and rows are mapped behind them.
 _ROWS = "self_attn.kv_a_proj_with_mqa"
@@ -231,7 +232,24 @@ def portable_row(config: Mapping[str, Any]) -> Family:
     features = {feature for key, feature in _SWITCHES.items() if config.get(key) not in (None, False)}
     # A gate reads what the attention's norm puts out, too, and not always through a linear layer.
     feeds = tuple(f for f in row.feeds if "gates" not in features or f.consumers != _PROJECTIONS)
-    return replace(row, features=row.features | features, feeds=feeds, absent=_absent(config))
+    return replace(
+        row, features=row.features | features, feeds=feeds, absent=_absent(config), factored=_factored(config)
+    )
+
+
+def _factored(config: Mapping[str, Any]) -> dict[int, tuple[str, ...]]:
+    """Return the projections that are stored as factors, by layer."""
+    how = config.get("weight_dictionary")
+    ranks = how.get("ranks") if isinstance(how, Mapping) else {}
+    if how is not None and not (isinstance(ranks, Mapping) and all(isinstance(row, list) for row in ranks.values())):
+        raise Refusal("config.json: weight_dictionary: expected ranks, a list for each projection")
+    pairs = (
+        (layer, name) for name, row in (ranks or {}).items() for layer, rank in enumerate(row) if rank is not None
+    )
+    found: dict[int, tuple[str, ...]] = {}
+    for layer, name in pairs:
+        found[layer] = (*found.get(layer, ()), f"self_attn.{name}")
+    return found
 
 
 def _absent(config: Mapping[str, Any]) -> dict[int, tuple[str, ...]]:

@@ -110,7 +110,7 @@ class Source:
         """Yield (module name, weight shape as stored) of every linear layer of every layer."""
         for layer in range(self.num_layers):
             for name, (rows, columns) in self.family.linears.items():
-                if name not in self.family.absent.get(layer, ()):
+                if name not in (*self.family.absent.get(layer, ()), *self.family.factored.get(layer, ())):
                     yield self.layer_prefix(layer) + name, (self.size(rows, layer), self.size(columns, layer))
 
 

@@ -45,8 +45,9 @@ def load(
     """Load a checkpoint; `dtype` is a torch dtype's name or "auto".
 
     `runtime="auto"` runs int8 checkpoints on our kernels, MLA with absorbed decode
-    (`modeling/latent_attention.py`), and attention through ours (`modeling/attention_backend.py`) on a CPU or where
-    the config chose quantised layers; everything else through stock transformers, and "stock" takes that for all.
+    (`modeling/latent_attention.py`), dictionary projections made dense, and attention through ours
+    (`modeling/attention_backend.py`) on a CPU or where the config chose quantised layers; everything else through
+    stock transformers, and "stock" takes that for all.
     A model whose weights stay on the disk runs stock too, but for attention. `int8_head` also quantises the output
     embedding of an int8 model on our kernels (W8A16; a copy where it is tied): on a CPU it is a third or more of
     decoding.
@@ -95,7 +96,11 @@ def _stock(path: Path, kind: Any, dtype: str, places: dict[str, Any]) -> Any:
 
 
 def _take_over(path: Path, model: Any, checkpoint: Checkpoint, simulate: bool) -> None:
-    """Run attention on our kernels, and MLA absorbed: not with weights on the disk, where hooks hold each forward."""
+    """Run attention on our kernels, MLA absorbed, factors made dense: the latter not with weights on the disk."""
+    if getattr(model.config, "weight_dictionary", None) is not None and not hasattr(model, "_hf_hook"):
+        from reattend.modeling.materialize import materialize
+
+        materialize(model)
     choose_attention(path, model, checkpoint.config, simulate=simulate)
     latent = model.config.model_type == "deepseek_v3" or getattr(model.config, "latent_attention", None) is not None
     if latent and not hasattr(model, "_hf_hook"):

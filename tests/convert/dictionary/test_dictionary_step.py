@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import reattend
@@ -11,12 +12,15 @@ from pairs import tiny
 from reattend import demo
 from reattend.convert.dictionary.moments import PROJECTIONS
 from reattend.errors import Refusal
+from reattend.modeling.portable.configuration_reattend import wrong_dictionary
 from reattend.recipes.schema import parse_recipe
+from tiny_models import CONFIGS
 
 SETTINGS = {
     "window": 32, "windows": 6, "selection_windows": 3,
     "calibration": str(demo.SELECT_TEXT), "selection": str(demo.EVAL_TEXT),
 }  # fmt: skip
+IDS = torch.randint(3, 2000, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
 def recipe(**step):
@@ -105,13 +109,98 @@ def test_layers_that_are_alike_share(tmp_path):
             first = tensors[f"model.layers.0.self_attn.{name}.weight"]
             tensors[f"model.layers.{i}.self_attn.{name}.weight"] = first * (1 + i / 4)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    found = apply(folder, tmp_path / "out", solver="pca", reduction=0.7, blocks=4, atom_share=0.85)
+    found = apply(folder, tmp_path / "out", solver="pca", reduction=0.6, blocks=4, atom_share=0.85)
     assert found["energy_beyond_norms"]["q_proj"][0] > 0.4
     assert "warning" not in found
     for name, value in projections(tmp_path / "out").items():
         assert torch.allclose(value, tensors[name], atol=1e-9), name
     plain = apply(demo.MODEL, tmp_path / "demo", solver="pca", reduction=0.3)
     assert max(map(max, plain["energy_beyond_norms"].values())) < 0.1
+
+
+@pytest.mark.parametrize("solver", ["svd", "basis", "pca", "als"])
+def test_factors_compute_what_dense_weights_do(model, tmp_path, solver):
+    """In fp64 to rounding: stored with one owner, loaded strictly by transformers alone, made dense by `load`."""
+    step = {"solver": solver, "reduction": 0.3, "blocks": 2}
+    apply(model, tmp_path / "dense", **step)
+    found = apply(model, tmp_path / "factors", export="factors", **step)
+    assert reattend.verify(tmp_path / "factors")["problems"] == []
+    stock = reattend.load(tmp_path / "factors", dtype="float64", runtime="stock").model
+    want = logits(reattend.load(tmp_path / "dense", dtype="float64", runtime="stock").model)
+    assert torch.allclose(logits(stock), want, atol=1e-9)
+    made = reattend.load(tmp_path / "factors", dtype="float64").model
+    assert torch.allclose(logits(made), want, atol=1e-9)
+    made.save_pretrained(tmp_path / "again")
+    again = reattend.load(tmp_path / "again", dtype="float64", runtime="stock").model
+    assert torch.equal(logits(again), logits(made))
+    before = sum(value.numel() for value in projections(model).values())
+    after = sum(v.numel() for n, v in load_file(tmp_path / "factors/model.safetensors").items() if is_attention(n))
+    assert 0.66 * before < after <= 0.7 * before
+    assert any("whole" in row.values() for row in found["ranks"].values()) or solver in ("pca", "als")
+
+
+def is_attention(name):
+    return "self_attn" in name or "dictionary" in name
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def test_factors_train_and_are_healed(tmp_path):
+    model = tiny(tmp_path / "model", num_hidden_layers=4)
+    apply(model, tmp_path / "factors", solver="pca", export="factors", reduction=0.4, blocks=2)
+    settings = {"steps": 3, "batch": 2, "micro_batch": 1, "evaluate_every": 3, "window": 32, "selection_windows": 2,
+                "learning_rate": 1e-2}  # fmt: skip
+    reattend.heal(
+        tmp_path / "factors", tmp_path / "healed", teacher=model, text=demo.SELECT_TEXT, selection=demo.EVAL_TEXT,
+        settings=settings,
+    )  # fmt: skip
+    assert reattend.verify(tmp_path / "healed")["problems"] == []
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("factors", "healed"))
+    assert before.keys() == after.keys()
+    assert any(not before[n].equal(after[n]) for n in before if "dictionary" in n)
+    assert any(not before[n].equal(after[n]) for n in before if "coefficients" in n)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_families_with_biases_norms_and_windows(tmp_path, family):
+    name, settings = CONFIGS[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**settings | {"vocab_size": 2048, "num_hidden_layers": 2})
+    source = getattr(transformers, f"{name}ForCausalLM")(config).double()
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter, 0.5 if parameter.ndim == 1 else 0.0, 0.3)
+    source.save_pretrained(tmp_path / "source")
+    tiny(tmp_path / "tokenizer")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "source" / file).write_bytes((tmp_path / "tokenizer" / file).read_bytes())
+    for export in ("dense", "factors"):
+        apply(tmp_path / "source", tmp_path / export, export=export, reduction=0.3)
+    dense, factors = (
+        reattend.load(tmp_path / export, dtype="float64", runtime="stock").model for export in ("dense", "factors")
+    )
+    assert type(dense) is type(source)
+    assert torch.allclose(logits(factors), logits(dense), atol=1e-8)
+
+
+def test_what_factored_sources_are_refused(model, tmp_path):
+    apply(model, tmp_path / "factors", export="factors", reduction=0.3)
+    again = parse_recipe({"steps": [{"step": "int8_attention"}], **SETTINGS}, "test")
+    with pytest.raises(Refusal, match="projections of the source are stored as factors"):
+        reattend.plan(again, tmp_path / "factors")
+    drop = parse_recipe({"steps": [{"step": "attention_drop", "layers": [2]}], **SETTINGS}, "test")
+    with pytest.raises(Refusal, match="weights that are stored as factors"):
+        reattend.plan(drop, tmp_path / "factors")
+    config = json.loads((tmp_path / "factors/config.json").read_text())
+    for wrong, message in (
+        ({"solver": "qr"}, "solver 'qr' is unknown"),
+        ({"blocks": [1]}, "blocks: expected rising layers"),
+        ({"atoms": [1]}, "atoms: expected a number for each block"),
+        ({"ranks": {}}, "ranks: expected q_proj, k_proj, v_proj and o_proj"),
+    ):
+        assert message in wrong_dictionary(config["weight_dictionary"] | wrong, 4)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ Each is a stock configuration and what a stock architecture has no key for:
     attention_sharing per layer the earlier layer whose queries and keys it attends with, or None; see
                       `sharing_reattend`
     attention_drop    the layers without attention, or None
+    weight_dictionary {"solver": "svd", "basis", "pca" or "als", "blocks": the first layer of each block, "atoms": per
+                      block, "ranks": {projection: per layer, None for a whole matrix}} or None; see
+                      `dictionary_reattend`
 """
 
 import math
@@ -39,6 +42,35 @@ def wrong_sharing(leaders: list | None, dropped: list | None, layer_types: list[
             return f"attention_sharing: layer {layer} can't follow {leader}, which has to attend by itself before it"
         if layer_types[leader] != layer_types[layer]:
             return f"attention_sharing: layers {leader} and {layer} attend in different ways (layer_types)"
+    return None
+
+
+def wrong_dictionary(how: dict | None, layers: int) -> str | None:
+    """Return what is wrong with `weight_dictionary`, in one line; None where nothing is."""
+    if how is None:
+        return None
+    if how.get("solver") not in ("svd", "basis", "pca", "als"):
+        return f"weight_dictionary: solver {how.get('solver')!r} is unknown"
+    blocks, atoms, ranks = (how.get(name) for name in ("blocks", "atoms", "ranks"))
+    if (
+        not isinstance(blocks, list)
+        or not blocks
+        or blocks[0] != 0
+        or blocks != sorted({*blocks})
+        or blocks[-1] >= layers
+    ):
+        return f"weight_dictionary: blocks: expected rising layers from 0 to below {layers}"
+    if not isinstance(atoms, list) or len(atoms) != len(blocks) or any(type(n) is not int or n < 0 for n in atoms):
+        return "weight_dictionary: atoms: expected a number for each block"
+    if not isinstance(ranks, dict) or set(ranks) != {"q_proj", "k_proj", "v_proj", "o_proj"}:
+        return "weight_dictionary: ranks: expected q_proj, k_proj, v_proj and o_proj"
+    for name, row in ranks.items():
+        if (
+            not isinstance(row, list)
+            or len(row) != layers
+            or any(r is not None and (type(r) is not int or r < 1) for r in row)
+        ):
+            return f"weight_dictionary: ranks: {name}: expected a rank or null for each of {layers} layers"
     return None
 
 
@@ -99,6 +131,7 @@ class ReattendConfig(_Optional, LlamaConfig):
     latent_attention: dict | None = None
     attention_sharing: list | None = None
     attention_drop: list[int] | None = None
+    weight_dictionary: dict | None = None
     reattend_format: int = FORMAT
 
     def __post_init__(self, **kwargs):
@@ -113,6 +146,9 @@ class ReattendConfig(_Optional, LlamaConfig):
         wrong = wrong_sharing(self.attention_sharing, self.attention_drop, self.layer_types)
         if wrong is None and self.latent_attention is not None and (self.attention_sharing or self.attention_drop):
             wrong = "latent_attention: is neither shared between layers nor dropped"
+        wrong = wrong or wrong_dictionary(self.weight_dictionary, self.num_hidden_layers)
+        if self.weight_dictionary and (self.latent_attention or self.attention_sharing or self.attention_drop):
+            wrong = "weight_dictionary: goes with no latent, shared or dropped attention"
         if wrong is not None:
             raise ValueError(wrong)
 

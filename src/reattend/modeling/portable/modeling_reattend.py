@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_reattend import OptionalParts, attend, init_optional_parts
 from .configuration_reattend import ReattendConfig
+from .dictionary_reattend import ReattendDictionary, init_dictionary_parts, projection
 from .latent_reattend import ReattendLatentAttention, init_latent_parts
 from .sharing_reattend import ReattendFollower, count_tokens
 
@@ -33,7 +34,7 @@ class ReattendAttention(OptionalParts):
 
     is_causal = True
 
-    def __init__(self, config, layer_idx):
+    def __init__(self, config, layer_idx, bank=None):
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
@@ -41,12 +42,9 @@ class ReattendAttention(OptionalParts):
         self.attention_dropout = config.attention_dropout
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
-        hidden, bias = config.hidden_size, config.attention_bias
-        queries, keys = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(hidden, queries, bias=bias)
-        self.k_proj = nn.Linear(hidden, keys, bias=bias)
-        self.v_proj = nn.Linear(hidden, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, hidden, bias=config.output_bias)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            self.add_module(name, projection(config, name, layer_idx, bank, config.attention_bias))
+        self.o_proj = projection(config, "o_proj", layer_idx, bank, config.output_bias)
         norms = [LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"]
         self.q_norm, self.k_norm = norms
         self.leads = layer_idx in (config.attention_sharing or ())
@@ -80,13 +78,14 @@ class ReattendAttention(OptionalParts):
 class ReattendDecoderLayer(LlamaDecoderLayer):
     """A Llama layer around one of our attentions, or around none."""
 
-    def __init__(self, config, layer_idx):
+    def __init__(self, config, layer_idx, bank=None):
         super().__init__(config, layer_idx)
         self.layer_idx = layer_idx
         if layer_idx in (config.attention_drop or ()):
             self.self_attn = self.input_layernorm = None
         else:
-            self.self_attn = _attention_of(config, layer_idx)(config, layer_idx)
+            shared = {} if bank is None else {"bank": bank}
+            self.self_attn = _attention_of(config, layer_idx)(config, layer_idx, **shared)
 
     def forward(self, hidden_states, cache=None, **kwargs):
         """Return the layer's output (B, S, E)."""
@@ -116,6 +115,7 @@ class ReattendPreTrainedModel(LlamaPreTrainedModel):
         super()._init_weights(module)
         init_optional_parts(module, self.config.initializer_range)
         init_latent_parts(module, self.config)
+        init_dictionary_parts(module, self.config.initializer_range)
 
 
 class ReattendModel(ReattendPreTrainedModel):
@@ -124,12 +124,14 @@ class ReattendModel(ReattendPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([ReattendDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.dictionary = None if config.weight_dictionary is None else ReattendDictionary(config)
+        layers = (ReattendDecoderLayer(config, i, self.dictionary) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
-        if config.latent_attention is not None:  # its heads share rows, which no plan here splits
+        if config.latent_attention is not None or self.dictionary is not None:  # which no plan here splits
             self._tp_plan = {name: how for name, how in vars(self)["_tp_plan"].items() if "self_attn" not in name}
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
