@@ -129,9 +129,8 @@ def lead(
     groups, tokens, value_width = key.shape[1], key.shape[2], value.shape[3]
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
     runs = triton.cdiv(tokens, _RUN)
-    fresh = {"device": query.device, "dtype": torch.float32}
-    score, part = torch.empty(batch, heads, tokens, **fresh), torch.empty(batch, heads, runs, value_width, **fresh)
-    lse = torch.empty(batch, heads, runs, **fresh)
+    sizes = ((batch, heads, tokens), (batch, heads, runs, value_width), (batch, heads, runs))
+    score, part, lse = (torch.empty(size, device=query.device, dtype=torch.float32) for size in sizes)
     seen = None if mask is None else mask.expand(batch, heads, 1, tokens)[:, :, 0]
     if seen is not None and seen.stride(-1) != 1:
         seen = seen.contiguous()

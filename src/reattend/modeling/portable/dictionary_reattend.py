@@ -53,14 +53,15 @@ class ReattendFactored(nn.Module):
     def _from_atoms(self):
         return torch.einsum("s,smn->mn", self.coefficients, self._bank[0](self.key))
 
-    def dense(self):
+    def dense(self) -> nn.Linear:
         """Return a linear layer with the same weight (M, N), added up in fp32 at least, and bias."""
         wide = torch.promote_types(self.up.weight.dtype, torch.float32)
         down = self._bank[0](self.key) if self.down is None else self.down.weight
         weight = self.up.weight.to(wide) @ down.to(wide)
         if self.coefficients is not None:
             weight += torch.einsum("s,smn->mn", self.coefficients.to(wide), self._bank[0](self.key).to(wide))
-        made = nn.Linear(*weight.T.shape, bias=self.up.bias is not None, device="meta")
+        outputs, inputs = weight.shape
+        made = nn.Linear(inputs, outputs, bias=self.up.bias is not None, device="meta")
         made.weight = nn.Parameter(weight.detach().to(self.up.weight.dtype))
         if self.up.bias is not None:
             made.bias = self.up.bias

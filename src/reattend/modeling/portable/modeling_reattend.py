@@ -61,7 +61,7 @@ class ReattendAttention(OptionalParts):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        row = {} if self.leads else None
+        row: dict | None = {} if self.leads else None
         if self.leads:
             shared_attention[self.layer_idx] = query, key, row
         options = {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
