@@ -123,3 +123,10 @@ def _standing_in(weight: nn.Parameter, other: Tensor) -> Iterator[None]:
         yield
     finally:
         weight.data = own
+
+
+def weights_of(layer: LayerPass) -> dict[str, Tensor]:
+    """Return a layer's projections, fp64 on the CPU."""
+    return {
+        name: layer.module.get_parameter(f"self_attn.{name}.weight").detach().cpu().double() for name in PROJECTIONS
+    }

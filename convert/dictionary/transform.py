@@ -8,11 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from reattend.calibration.divided import any_missing, missing
-from reattend.calibration.layerwise import LayerPass
 from reattend.checkpoint.tensors import TORCH_DTYPES
 from reattend.convert.dictionary.allocation import Curve, allocate
 from reattend.convert.dictionary.checks import check_source
-from reattend.convert.dictionary.moments import PROJECTIONS, gather_moments, second_of, sensitivities
+from reattend.convert.dictionary.moments import PROJECTIONS, gather_moments, second_of, sensitivities, weights_of
 from reattend.convert.dictionary.solving import Block, Solver
 from reattend.convert.dictionary.storing import StoredBlock
 from reattend.convert.portable.form import check_portable, code_files, portable_config
@@ -78,6 +77,8 @@ class Dictionary(BaseModel):
         kept, atoms = int((1 - self.reduction) * attention), self._shared_numbers(source)
         if atoms > kept:
             raise Refusal(f"dictionary: atom_share: atoms take {atoms} numbers of {kept}; lower it")
+        if self.ranks is not None:
+            self._check_ranks(source, self.ranks)
         held = "the output holds them dense, in the source's format: as large and as fast as before"
         if self.export == "factors":
             check_portable(source, self.step)
@@ -88,6 +89,20 @@ class Dictionary(BaseModel):
             count = sum(self._atoms(len(block)) for block in blocks)
             remarks.append(f"{count} atoms per projection in {len(blocks)} blocks; {self.solver} needs layers alike")
         return remarks
+
+    def _check_ranks(self, source: Source, ranks: Mapping[str, Mapping[int, int | str]]) -> None:
+        if self.export == "dense":
+            raise Refusal("dictionary: ranks: do nothing with export: dense")
+        for block in self._blocks(source):
+            for name in PROJECTIONS:
+                for layer in block[:1] if self.solver == "basis" and name != "o_proj" else block:
+                    shape = source.tensors[f"{source.layer_prefix(layer)}self_attn.{name}.weight"].shape
+                    rank = ranks.get(name, {}).get(layer)
+                    whole = rank == "whole" and not self._atoms(len(block))
+                    if not whole and not (isinstance(rank, int) and 1 <= rank <= min(shape)):
+                        raise Refusal(
+                            f"dictionary: ranks: {name}: {layer}: {rank!r}, expected 1 to {min(shape)}, or whole"
+                        )
 
     def _blocks(self, source: Source) -> list[tuple[int, ...]]:
         layers, given = source.num_layers, self.blocks
@@ -130,7 +145,7 @@ class Dictionary(BaseModel):
             i = layer.index
             if missing(statistics, f"sensitivity-{i}"):
                 statistics[f"sensitivity-{i}"] = sensitivities(layer, statistics[f"moments-{i}"])
-            held[i] = _weights(layer)
+            held[i] = weights_of(layer)
             block = next(block for start, block in starts.items() if i in block)
             if i == block[-1]:
                 self._share(block, held, statistics, curves)
@@ -268,12 +283,6 @@ class Dictionary(BaseModel):
 
 def _ranks(statistics: Statistics) -> dict[str, int | None]:
     return {name: None if int(rank) == _WHOLE else int(rank) for name, rank in statistics["ranks"].items()}
-
-
-def _weights(layer: LayerPass) -> dict[str, Tensor]:
-    return {
-        name: layer.module.get_parameter(f"self_attn.{name}.weight").detach().cpu().double() for name in PROJECTIONS
-    }
 
 
 def _block(

@@ -211,6 +211,13 @@ def test_what_factored_sources_are_refused(model, tmp_path):
         ({"blocks": [0, 4]}, "blocks: expected rising layers"),
         ({"reduction": 1.0}, "reduction"),
         ({"solver": "qr"}, "solver"),
+        ({"ranks": {}}, "ranks: do nothing with export: dense"),
+        ({"export": "factors", "ranks": {}}, "ranks: q_proj: 0: None, expected 1 to 32, or whole"),
+        ({"export": "factors", "ranks": {"q_proj": {0: 33}}}, "ranks: q_proj: 0: 33, expected 1 to 32"),
+        (
+            {"export": "factors", "ranks": {"q_proj": dict.fromkeys(range(4), 2)}},
+            "ranks: k_proj: 0: None, expected 1 to 16",
+        ),
         ({"solver": "pca", "reduction": 0.01, "atom_share": 1.0, "blocks": 4}, "atoms take 12352 numbers of 12165"),
     ],
 )
