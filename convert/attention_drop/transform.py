@@ -24,7 +24,7 @@ class AttentionDrop(PortableStep):
     step: Literal["attention_drop"] = "attention_drop"
     count: int | None = Field(None, ge=1, strict=True, description="how many layers lose their attention")
     budget: float | None = Field(
-        None, gt=0, strict=True,
+        None, gt=0, strict=True, allow_inf_nan=False,
         description="as many as raise perplexity on the selection text by at most this share "
         f"[{BUDGET} where neither count nor layers are given]",
     )  # fmt: skip

@@ -32,7 +32,7 @@ class AttentionSharing(PortableStep):
     step: Literal["attention_sharing"] = "attention_sharing"
     followers: int | None = Field(None, ge=1, strict=True, description="how many layers follow another")
     budget: float | None = Field(
-        None, gt=0, strict=True,
+        None, gt=0, strict=True, allow_inf_nan=False,
         description="as many as raise perplexity on the selection text by at most this share, before they are "
         f"fitted [{BUDGET} where neither followers nor pairs are given]",
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The step `dictionary`: attention weights from parts that layers share and low-rank factors."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,6 +19,7 @@ from reattend.errors import DeadEndError, Refusal
 from reattend.families.source import Source
 from reattend.transform import Group, Passes, Statistics
 
+_Number = Annotated[int, Field(strict=True)]
 _WHOLE = -1  # in the statistics: a matrix that stays as it is
 _NOTHING_SHARED = 0.02  # captured energy beyond what norms alone explain
 
@@ -33,7 +34,7 @@ class Dictionary(BaseModel):
     solver: Solver = Field(
         "svd", description="svd: factors per matrix; basis: one basis for a block; pca, als: atoms and factors"
     )
-    blocks: int | tuple[int, ...] | None = Field(
+    blocks: _Number | tuple[_Number, ...] | None = Field(
         None, description="layers per block, or the first layer of each; svd: 1, basis: 2, pca and als: 5"
     )
     atom_share: float = Field(

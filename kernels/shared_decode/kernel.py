@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reattend.kernels.launching import on_device_of
 
-WARPS, STAGES = 4, 2
+STAGES = 2
 _RUN = 512  # tokens of one program: enough of them for a GPU from a few thousand tokens on
 
 
@@ -121,6 +121,11 @@ def blocks(per: int, width: int, value_width: int, itemsize: int) -> dict[str, i
     return tiles | {"BLOCK_T": 64 if wide <= 256 else 32 if wide <= 512 else 16}  # so that no register spills
 
 
+def warps(wide: int) -> int:
+    """Return the warps of a program whose tiles are `wide` numbers: enough that no register spills."""
+    return 8 if wide > 128 else 4
+
+
 def lead(
     query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +146,7 @@ def lead(
             query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3],
             *((0, 0) if seen is None else seen.stride()[:2]),
             HAS_MASK=seen is not None, **blocks(heads // groups, width, value_width, key.element_size()),
-            num_warps=WARPS, num_stages=STAGES,
+            num_warps=warps(max(width, value_width)), num_stages=STAGES,
         )  # fmt: skip
     whole = lse.logsumexp(-1)
     share = torch.exp(lse - whole.clamp_min(torch.finfo(torch.float32).min)[..., None])
@@ -161,6 +166,6 @@ def follow(score: Tensor, lse: Tensor, value: Tensor) -> Tensor:
         _follow_kernel[(batch, groups, runs)](
             score.contiguous(), lse.contiguous(), value, part,
             groups, heads // groups, tokens, _RUN, runs, value_width, *value.stride()[:3],
-            **sizes, num_warps=WARPS, num_stages=STAGES,
+            **sizes, num_warps=warps(value_width), num_stages=STAGES,
         )  # fmt: skip
     return part.sum(2, keepdim=True).to(value.dtype)

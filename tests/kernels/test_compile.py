@@ -69,7 +69,7 @@ def shared(function, dtype, width):
     pointers = dict.fromkeys(("p_q", "p_k", "p_v"), f"*{dtype}") | {"p_mask": "*i8", "scale": "fp32"}
     pointers |= dict.fromkeys(("p_score", "p_part", "p_lse"), "*fp32")
     constants = {"HAS_MASK": True, **shared_kernel.blocks(8, width, width, 4 if dtype == "fp32" else 2)}
-    config = mla.Config(16, constants["BLOCK_T"], shared_kernel.WARPS, shared_kernel.STAGES)
+    config = mla.Config(16, constants["BLOCK_T"], shared_kernel.warps(width), shared_kernel.STAGES)
     return (
         function, {name: kind for name, kind in pointers.items() if name in function.arg_names},
         {name: value for name, value in constants.items() if name in function.arg_names}, config,
