@@ -28,6 +28,9 @@ STEPS = {
     "clipped softmax": [{"step": "clipped_softmax", "epsilon": 0.01}],
     "mla, divided budget": [MLA | {"latent_rank": "auto", "cache_budget": 0.8, "refit": False}],
     "mla, fitted": [MLA | {"latent_rank": 16}],
+    "sharing": [{"step": "attention_sharing", "followers": 1, "refit_steps": 2}],
+    "dropping": [{"step": "attention_drop", "count": 1}],
+    "dictionary": [{"step": "dictionary", "export": "factors", "solver": "basis", "reduction": 0.3}],
     "two steps": [MLA | {"latent_rank": 16, "refit": False}, {"step": "int8_attention"}],
 }
 
