@@ -68,9 +68,7 @@ class AttentionDrop(PortableStep):
             raise Refusal(f"attention_drop: layers: {wrong.partition(': ')[2]}")
         if self.count is not None and self.count >= source.num_layers:
             raise Refusal(f"attention_drop: count: {self.count}, the model has {source.num_layers} layers")
-        prefix = source.layer_prefix(0)
-        lost = (f"{prefix}self_attn.", f"{prefix}input_layernorm.")
-        each = sum(spec.numel for name, spec in source.tensors.items() if name.startswith(lost))
+        each = sum(source.tensors[name].numel for name in _lost(source, 0))
         count = len(self.layers or ()) or self.count
         open_ = "" if self.layers else " (sizes are those with all: calibration decides which they are)"
         many = "layers" if count is None else f"{count} layers"
@@ -79,8 +77,7 @@ class AttentionDrop(PortableStep):
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
         """Choose the layers."""
         trials = Trials(passes, statistics, _no_maps, source.num_kv_heads)
-        budget = BUDGET if self.count is None and self.budget is None else self.budget
-        chosen, losses = choose_dropped(trials, kinds_of(source), Limit(self.count, budget))
+        chosen, losses = choose_dropped(trials, kinds_of(source), Limit(self.count, self.budget))
         statistics["chosen"] = {
             "layers": torch.tensor(sorted(chosen.dropped)),
             "losses": torch.tensor(losses, dtype=torch.float64),
@@ -97,9 +94,7 @@ class AttentionDrop(PortableStep):
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield each layer's attention and the norm before it, of which nothing stays."""
         for layer in sorted(self.layers or ()):
-            prefix = source.layer_prefix(layer)
-            lost = (f"{prefix}self_attn.", f"{prefix}input_layernorm.")
-            yield Group(tuple(name for name in source.tensors if name.startswith(lost)), (), key=str(layer))
+            yield Group(_lost(source, layer), (), key=str(layer))
 
     def apply(
         self, group: Group, tensors: Mapping[str, Tensor], statistics: Statistics, source: Source
@@ -118,6 +113,12 @@ class AttentionDrop(PortableStep):
             "selection_perplexity": [float(f"{value:.6g}") for value in chosen["losses"].exp().tolist()],
             "selection_rise": float(f"{rise(losses[-1], losses[0]):.6g}"),
         }
+
+
+def _lost(source: Source, layer: int) -> tuple[str, ...]:
+    """Return the tensors of a layer's attention and of the norm before it."""
+    prefix = source.layer_prefix(layer)
+    return tuple(n for n in source.tensors if n.startswith((f"{prefix}self_attn.", f"{prefix}input_layernorm.")))
 
 
 def _no_maps(layer: int, leader: int) -> Tensor:

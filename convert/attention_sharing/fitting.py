@@ -20,6 +20,7 @@ from reattend.convert.attention_sharing.following import (
     MODULE,
     Call,
     Follower,
+    forget,
     run_following,
     run_leading,
     run_plainly,
@@ -132,9 +133,7 @@ class Prefix:
                 self._calls.setdefault(layer.index, {})[text] = run_leading(layer, states)
             else:
                 run_plainly(layer, states)
-        for leader in [*self._calls]:
-            if max(one for one, other in self._leaders.items() if other == leader) <= layer.index:
-                del self._calls[leader]
+        forget(self._calls, self._leaders, layer.index)
 
 
 def _watch(layer: LayerPass) -> dict[str, Tensor]:

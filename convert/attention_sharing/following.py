@@ -3,7 +3,7 @@
 Legend: W windows, T tokens, E hidden, H query heads, G key heads, D head dim.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,13 @@ def own_follower(layer: LayerPass, groups: int) -> Follower:
     """Return a layer's own projections as a follower's, fp32 on the CPU."""
     named = layer.module.get_submodule(MODULE).state_dict()
     return read_follower({name: tensor.detach().cpu().float() for name, tensor in named.items()}, groups)
+
+
+def forget(calls: MutableMapping[int, Any], leaders: Mapping[int, int], index: int) -> None:
+    """Drop from `calls`, by leader, what no follower behind the layer `index` needs."""
+    for leader in [*calls]:
+        if max(layer for layer, other in leaders.items() if other == leader) <= index:
+            del calls[leader]
 
 
 def run_leading(layer: LayerPass, states_WTE: Tensor) -> list[Call]:

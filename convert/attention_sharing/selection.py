@@ -18,10 +18,15 @@ BUDGET = 0.1  # where a recipe says nothing
 
 @dataclass(frozen=True)
 class Limit:
-    """When to stop: at a number of layers, or before perplexity rises by more than a share."""
+    """When to stop: at a number of layers, or before perplexity rises by more than a share (else `BUDGET`)."""
 
     count: int | None = None
     budget: float | None = None
+
+    @property
+    def most(self) -> float | None:
+        """The largest share by which perplexity may rise."""
+        return BUDGET if self.count is None and self.budget is None else self.budget
 
     def reached(self, chosen: int) -> bool:
         """Whether so many layers are enough."""
@@ -29,7 +34,7 @@ class Limit:
 
     def allows(self, loss: float, base: float) -> bool:
         """Whether a loss in nats is within the budget."""
-        return self.budget is None or rise(loss, base) <= self.budget
+        return self.most is None or rise(loss, base) <= self.most
 
 
 def choose_followers(trials: Trials, kinds: Sequence[str], limit: Limit) -> tuple[Trial, list[float]]:
@@ -92,7 +97,7 @@ def _greedy(
         chosen = left[best]
         losses.append(measured[best])
     if not chosen.changed or (limit.count is not None and len(chosen.changed) < limit.count):
-        wanted = f"budget {limit.budget}" if limit.count is None else f"{limit.count} layers"
+        wanted = f"budget {limit.most}" if limit.count is None else f"{limit.count} layers"
         most = len(chosen.changed)
         raise DeadEndError(f"{wanted}: no more than {most} layers can be chosen (measured on the selection text)")
     return chosen, losses

@@ -3,6 +3,8 @@
 Legend: H heads, T tokens.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,33 +15,36 @@ from reattend.convert.attention_sharing.formulas import head_similarity
 from reattend.kernels.attention import Options
 from reattend.kernels.attention.reference import scores
 
-_WINDOWS = 4  # that similarities are measured on: maps take T^2 numbers per head
+WINDOWS = 4  # that similarities are measured on: maps take T^2 numbers per head
 
 
 class Similarities:
-    """Takes layers in order; keeps what the last `reach` of them attended with."""
+    """Takes layers in order; keeps what the `leaders` that each may follow attended with."""
 
-    def __init__(self, reach: int) -> None:
-        self._reach = reach
+    def __init__(self, leaders: Mapping[int, Sequence[int]]) -> None:
+        self._leaders = leaders
         self._calls: dict[int, list[Call]] = {}
 
-    def measure(self, layer: LayerPass) -> dict[str, Tensor]:
-        """Run a layer; return, by an earlier layer's number, (2, H, H) as `head_similarity`, a mean over windows."""
+    def take(self, layer: LayerPass) -> None:
+        """Run a layer."""
         calls: list[Call] = []
 
         def observe(query: Tensor, key: Tensor, value: Tensor, options: Options) -> None:
-            if len(calls) < _WINDOWS:
-                calls.append(Call(query.cpu().clone(), key.cpu().clone(), options))
+            calls.append(Call(query.cpu().clone(), key.cpu().clone(), options))
 
         with observed_attention(layer.module, observe):
             layer.run()
-        found = {
-            str(leader): torch.stack([_similarity(*pair) for pair in zip(calls, earlier, strict=True)]).mean(0)
-            for leader, earlier in self._calls.items()
+        later = {leader for follower, row in self._leaders.items() if follower >= layer.index for leader in row}
+        self._calls = {index: kept for index, kept in self._calls.items() if index in later} | {layer.index: calls}
+
+    def measure(self, layer: int) -> dict[str, Tensor]:
+        """Return, by leader, (2, H, H) as `head_similarity`, a mean over windows, for the layer taken last."""
+        return {
+            str(leader): torch.stack(
+                [_similarity(*pair) for pair in zip(self._calls[layer], self._calls[leader], strict=True)]
+            ).mean(0)
+            for leader in self._leaders.get(layer, ())
         }
-        self._calls[layer.index] = calls
-        self._calls.pop(layer.index - self._reach, None)
-        return found
 
 
 def _similarity(ours: Call, theirs: Call) -> Tensor:

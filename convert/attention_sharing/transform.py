@@ -15,7 +15,7 @@ from reattend.convert.attention_sharing.fitting import Prefix, fit_layer
 from reattend.convert.attention_sharing.following import own_follower, read_follower
 from reattend.convert.attention_sharing.formulas import best_map
 from reattend.convert.attention_sharing.selection import BUDGET, REACH, Limit, choose_followers
-from reattend.convert.attention_sharing.similarity import Similarities
+from reattend.convert.attention_sharing.similarity import WINDOWS, Similarities
 from reattend.convert.attention_sharing.trials import Trials
 from reattend.convert.portable.step import PortableStep
 from reattend.errors import Refusal
@@ -105,23 +105,28 @@ class AttentionSharing(PortableStep):
         """Map heads, choose followers, fit them."""
         layers = range(source.num_layers)
         if any_missing(statistics, (f"similarity-{i}" for i in layers)):
-            similarities = Similarities(REACH if self.pairs is None else source.num_layers)
-            for layer in passes("calibration", windows=4):
-                measured = similarities.measure(layer)
+            similarities = Similarities(self._candidates(source))
+            for layer in passes("calibration", windows=WINDOWS):
+                similarities.take(layer)
                 if missing(statistics, f"similarity-{layer.index}"):
-                    statistics[f"similarity-{layer.index}"] = measured
+                    statistics[f"similarity-{layer.index}"] = similarities.measure(layer.index)
         pairs = self.pairs or self._chosen(source, passes, statistics)
         own = undivided(statistics)  # each follower is fitted behind those before: that is one process's work
         if own is not None:
             self._fit_all(source, passes, own, pairs)
+
+    def _candidates(self, source: Source) -> dict[int, list[int]]:
+        """Return the leaders that each layer may have."""
+        if self.pairs is not None:
+            return {layer: [leader] for layer, leader in self.pairs.items()}
+        return {layer: list(range(max(layer - REACH, 0), layer)) for layer in range(source.num_layers)}
 
     def _chosen(self, source: Source, passes: Passes, statistics: Statistics) -> dict[int, int]:
         def maps(layer: int, leader: int) -> Tensor:
             return self._map(source, statistics, layer, leader)
 
         trials = Trials(passes, statistics, maps, source.num_kv_heads)
-        budget = BUDGET if self.followers is None and self.budget is None else self.budget
-        chosen, losses = choose_followers(trials, kinds_of(source), Limit(self.followers, budget))
+        chosen, losses = choose_followers(trials, kinds_of(source), Limit(self.followers, self.budget))
         pairs = dict(sorted(chosen.leaders.items()))
         statistics["chosen"] = {
             "pairs": torch.tensor([[layer, leader] for layer, leader in pairs.items()]),

@@ -14,6 +14,7 @@ from reattend.calibration.layerwise import LayerPass
 from reattend.calibration.search import stored_loss
 from reattend.convert.attention_sharing.following import (
     Call,
+    forget,
     own_follower,
     run_dropped,
     run_following,
@@ -64,9 +65,9 @@ class Trials:
     def losses(self, trials: Iterable[Trial]) -> list[float]:
         """Return each trial's loss in nats per token. Raises `BadNumbersError` where one is no number."""
         trials = list(trials)
-        todo = [trial for trial in dict.fromkeys(map(_Key, trials)) if missing(self._statistics, trial.trial.name)]
+        todo = [trial for name, trial in {t.name: t for t in trials}.items() if missing(self._statistics, name)]
         for first in range(0, len(todo), _AT_ONCE):
-            self._measure([key.trial for key in todo[first : first + _AT_ONCE]])
+            self._measure(todo[first : first + _AT_ONCE])
         return [stored_loss(self._statistics, trial.name, _already) for trial in trials]
 
     def _measure(self, trials: list[Trial]) -> None:
@@ -93,16 +94,6 @@ def _already() -> Tensor:
     raise AssertionError("was measured before it was read")
 
 
-@dataclass(frozen=True)
-class _Key:
-    """A trial by its name: what it holds can't be hashed."""
-
-    trial: Trial
-
-    def __hash__(self) -> int:
-        return hash(self.trial.name)
-
-
 class _Walk:
     """A trial on its way through the layers; `states` (W, T, E) is None while they are the source's."""
 
@@ -127,7 +118,7 @@ class _Walk:
             self._calls[index] = run_leading(layer, self.states)
         else:
             run_plainly(layer, self.states)
-        self._forget(index)
+        forget(self._calls, trial.leaders, index)
 
     def needs_source_calls(self, index: int) -> bool:
         """Whether a layer leads in this trial, on the source's own states."""
@@ -137,8 +128,3 @@ class _Walk:
         """Keep what the source attended with in a layer that leads."""
         if self.needs_source_calls(index):
             self._calls[index] = calls
-
-    def _forget(self, index: int) -> None:
-        for leader in [*self._calls]:
-            if max(layer for layer, other in self.trial.leaders.items() if other == leader) <= index:
-                del self._calls[leader]

@@ -139,15 +139,14 @@ class Dictionary(BaseModel):
             self._measure(source, passes, statistics)
 
     def _measure(self, source: Source, passes: Passes, statistics: Statistics) -> None:
-        curves: dict[str, Curve] = {}
-        starts = {block[0]: block for block in self._blocks(source)}
+        curves, blocks = dict[str, Curve](), self._blocks(source)
         held: dict[int, dict[str, Tensor]] = {}
         for layer in passes("selection"):
             i = layer.index
             if missing(statistics, f"sensitivity-{i}"):
                 statistics[f"sensitivity-{i}"] = sensitivities(layer, statistics[f"moments-{i}"])
             held[i] = weights_of(layer)
-            block = next(block for start, block in starts.items() if i in block)
+            block = next(block for block in blocks if i in block)
             if i == block[-1]:
                 self._share(block, held, statistics, curves)
                 held.clear()

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from pydantic import BaseModel
@@ -48,7 +49,7 @@ class Plan:
         """Where the output's tensors go."""
         return self.stages[-1].layout
 
-    @property
+    @cached_property
     def passes(self) -> tuple[Pass, ...]:
         """The passes over the weights that the steps take."""
         return passes_of(self.stages)

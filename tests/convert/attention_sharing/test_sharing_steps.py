@@ -108,9 +108,10 @@ def test_what_is_measured_while_choosing_is_what_is_written(model, tmp_path, ste
 def mapped(stage, passes, statistics):
     from reattend.convert.attention_sharing.similarity import Similarities
 
-    similarities = Similarities(4)
+    similarities = Similarities({layer: list(range(layer)) for layer in range(5)})
     for layer in passes("calibration", windows=4):
-        statistics[f"similarity-{layer.index}"] = similarities.measure(layer)
+        similarities.take(layer)
+        statistics[f"similarity-{layer.index}"] = similarities.measure(layer.index)
     return lambda layer, leader: stage.transform._map(stage.source, statistics, layer, leader)
 
 
