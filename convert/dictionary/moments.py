@@ -5,6 +5,7 @@ Legend: W windows, T tokens, N inputs, H query heads, G key heads.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from reattend.calibration.attention_calls import observed_attention
 from reattend.calibration.layerwise import LayerPass
-from reattend.convert.dictionary.formulas import low_rank, root, tail
+from reattend.calibration.output_errors import output_errors
+from reattend.convert.dictionary.formulas import low_rank, root
 from reattend.errors import BadNumbersError
 from reattend.kernels.attention import Options
 from reattend.kernels.attention.reference import scores
@@ -85,34 +87,16 @@ def sensitivities(layer: LayerPass, moments: dict[str, Tensor]) -> dict[str, Ten
     difference over its square, as layers add to one stream.
     """
     weights = {name: layer.module.get_parameter(f"self_attn.{name}.weight") for name in PROJECTIONS}
-    changed, expected = {}, {}
+    changes, expected = {}, {}
     for name, weight in weights.items():
-        factor = root(second_of(name, moments))
-        rank = max(1, weight.numel() // sum(weight.shape) // 2)
-        up, down = low_rank(weight.detach().cpu().double(), factor, rank)
-        changed[name] = (up @ down).to(weight.device, weight.dtype)
-        expected[name] = float(tail(weight.detach().cpu().double(), factor)[rank])
-    measured = _output_errors(layer, weights, changed)
-    return {name: torch.tensor(measured[name] / max(expected[name], 1e-300), dtype=torch.float64) for name in weights}
-
-
-def _output_errors(
-    layer: LayerPass, weights: dict[str, nn.Parameter], changed: dict[str, Tensor]
-) -> dict[str, float]:
-    states = layer.hidden[_TEXT]
-    sums = dict.fromkeys(weights, 0.0)
-    with torch.inference_mode():
-        for i in range(len(states)):
-            want = layer.call(states[i : i + 1]).float()
-            energy = want.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-            for name, weight in weights.items():
-                with _standing_in(weight, changed[name]):
-                    got = layer.call(states[i : i + 1]).float()
-                sums[name] += float(((got - want).square().sum(-1) / energy).mean())
-    found = {name: total / len(states) for name, total in sums.items()}
-    if not all(value < float("inf") for value in found.values()):
+        own, factor = weight.detach().cpu().double(), root(second_of(name, moments))
+        up, down = low_rank(own, factor, max(1, own.numel() // sum(own.shape) // 2))
+        expected[name] = float(((own - up @ down) @ factor).square().sum())
+        changes[name] = partial(_standing_in, weight, (up @ down).to(weight.device, weight.dtype))
+    measured = output_errors(layer, _TEXT, changes)
+    if not all(value < float("inf") for value in measured.values()):
         raise BadNumbersError(f"layer {layer.index}: its outputs hold NaN or inf")
-    return found
+    return {name: torch.tensor(measured[name] / max(expected[name], 1e-300), dtype=torch.float64) for name in weights}
 
 
 @contextmanager

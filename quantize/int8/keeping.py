@@ -7,15 +7,17 @@ kept is bisected on the measured perplexity of the whole model.
 import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from reattend.calibration.divided import missing
 from reattend.calibration.layerwise import LayerPass
+from reattend.calibration.output_errors import output_errors
 from reattend.calibration.search import fewest, rise, stored_loss
 from reattend.errors import DeadEndError
-from reattend.quantize.int8.simulation import Simulated, output_errors, standing_in
+from reattend.quantize.int8.simulation import Simulated, standing_in
 from reattend.transform import Passes, Statistics
 
 _TEXT = "selection"
@@ -58,7 +60,8 @@ class Keeping:
     def _measured(self, layer: LayerPass) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         linears = self.linears(layer, None)
-        for name, error in output_errors(layer, _TEXT, linears).items():
+        alone = {name: partial(standing_in, layer, {name: linear}) for name, linear in linears.items()}
+        for name, error in output_errors(layer, _TEXT, alone).items():
             if not math.isfinite(error):
                 layer.text = _TEXT
                 raise layer.bad_numbers(f"with {name} in int8")

@@ -94,21 +94,3 @@ def standing_in(layer: LayerPass, linears: Mapping[str, Simulated]) -> Iterator[
             hook: Any = linear
             stack.callback(layer.module.get_submodule(name).register_forward_hook(hook).remove)
         yield
-
-
-def output_errors(layer: LayerPass, text: str, linears: Mapping[str, Simulated]) -> dict[str, float]:
-    """Return the relative squared error of the layer's output with each linear alone, a mean over a text's tokens.
-
-    The output is the residual stream: what a linear adds to it counts against all that is there.
-    """
-    states = layer.hidden[text]
-    sums = dict.fromkeys(linears, 0.0)
-    with torch.inference_mode():
-        for i in range(len(states)):
-            want = layer.call(states[i : i + 1]).float()
-            energy = want.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)  # a padding row may be zero
-            for name, linear in linears.items():
-                with standing_in(layer, {name: linear}):
-                    got = layer.call(states[i : i + 1]).float()
-                sums[name] += float(((got - want).square().sum(-1) / energy).mean())
-    return {name: total / len(states) for name, total in sums.items()}
