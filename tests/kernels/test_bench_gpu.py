@@ -21,6 +21,7 @@ def test_the_script_checks_and_times_every_kernel():
     assert "24 int8 variants are right" in done.stdout
     assert "3 mla variants are right" in done.stdout
     assert "8 attention variants are right" in done.stdout
+    assert "8 shared variants are right" in done.stdout
 
 
 def test_without_a_gpu_it_says_so():
