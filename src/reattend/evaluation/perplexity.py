@@ -106,8 +106,8 @@ def _check(model: Path, window: int, outliers: bool) -> Source:
     if "encoder" in source.family.features and not outliers:
         kind = source.family.model_type
         raise Refusal(f"{model}: {kind} is an encoder, perplexity is not defined for it; outliers can be measured")
-    if outliers and (source.family.absent or source.family.factored):
-        raise Refusal("outliers: layers of the model share attention or have none, where they can't be measured")
+    if outliers and source.family.not_by_itself:
+        raise Refusal(f"outliers: the model's {source.family.not_by_itself}, where they can't be measured")
     limit = source.get("max_position_embeddings") or source.get("n_positions")
     if window < 2 or (isinstance(limit, int) and window > limit):
         raise Refusal(f"window: {window} tokens, {model} takes 2 {f'to {limit}' if limit else 'or more'}")

@@ -54,6 +54,13 @@ class Family:
     absent: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     factored: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
+    @property
+    def not_by_itself(self) -> str | None:
+        """Why a layer can't be run without the others, in words that follow on "the model's"; None where it can."""
+        if self.absent:
+            return "layers share attention or have none"
+        return "projections are stored as factors" if self.factored else None
+
 
 _LLAMA_KEYS = {
     "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",

@@ -219,11 +219,8 @@ def check_step(step: BaseModel, source: Source) -> list[str]:
     """Return a step's remarks on a source. Raises `Refusal` where it can't apply, or can't be calibrated."""
     transform: Transform = step  # type: ignore[assignment]
     name = step.step  # type: ignore[attr-defined]
-    if transform.texts and name not in COLLECTIVE:
-        if source.family.absent:  # layer by layer, one would need another's queries and keys
-            raise Refusal(f"{name}: layers of the source share attention or have none; calibrate before they do")
-        if source.family.factored:
-            raise Refusal(f"{name}: projections of the source are stored as factors; calibrate before they are")
+    if transform.texts and name not in COLLECTIVE and source.family.not_by_itself:
+        raise Refusal(f"{name}: the source's {source.family.not_by_itself}; calibrate before that step")
     return transform.check(source)
 
 

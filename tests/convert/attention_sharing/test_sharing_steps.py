@@ -178,9 +178,9 @@ def test_sources_that_are_refused(model, tmp_path):
         {"step": "int8_attention"},
         {"step": "int8", "outliers": "smooth"},
     ):
-        with pytest.raises(Refusal, match="layers of the source share attention or have none"):
+        with pytest.raises(Refusal, match="the source's layers share attention or have none"):
             reattend.plan(recipe(settings), shared)
-    with pytest.raises(Refusal, match="outliers: layers of the model share attention or have none"):
+    with pytest.raises(Refusal, match="outliers: the model's layers share attention or have none"):
         reattend.evaluate(shared, demo.EVAL_TEXT, window=32, windows=1, outliers=True)
     apply({"step": "attention_drop", "layers": [3]}, model, tmp_path / "dropped")
     with pytest.raises(Refusal, match="gates: layers of the source have no attention"):

@@ -188,8 +188,10 @@ def test_families_with_biases_norms_and_windows(tmp_path, family):
 def test_what_factored_sources_are_refused(model, tmp_path):
     apply(model, tmp_path / "factors", export="factors", reduction=0.3)
     again = parse_recipe({"steps": [{"step": "int8_attention"}], **SETTINGS}, "test")
-    with pytest.raises(Refusal, match="projections of the source are stored as factors"):
+    with pytest.raises(Refusal, match="the source's projections are stored as factors"):
         reattend.plan(again, tmp_path / "factors")
+    with pytest.raises(Refusal, match="outliers: the model's projections are stored as factors"):
+        reattend.evaluate(tmp_path / "factors", demo.EVAL_TEXT, window=32, windows=1, outliers=True)
     drop = parse_recipe({"steps": [{"step": "attention_drop", "layers": [2]}], **SETTINGS}, "test")
     with pytest.raises(Refusal, match="weights that are stored as factors"):
         reattend.plan(drop, tmp_path / "factors")
