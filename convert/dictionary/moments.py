@@ -86,17 +86,16 @@ def sensitivities(layer: LayerPass, moments: dict[str, Tensor]) -> dict[str, Ten
     Measured: each alone at half its useful rank, on the selection text; the mean over tokens of the output's squared
     difference over its square, as layers add to one stream.
     """
-    weights = {name: layer.module.get_parameter(f"self_attn.{name}.weight") for name in PROJECTIONS}
     changes, expected = {}, {}
-    for name, weight in weights.items():
-        own, factor = weight.detach().cpu().double(), root(second_of(name, moments))
+    for name, own in weights_of(layer).items():
+        weight, factor = layer.module.get_parameter(f"self_attn.{name}.weight"), root(second_of(name, moments))
         up, down = low_rank(own, factor, max(1, own.numel() // sum(own.shape) // 2))
         expected[name] = float(((own - up @ down) @ factor).square().sum())
         changes[name] = partial(_standing_in, weight, (up @ down).to(weight.device, weight.dtype))
     measured = output_errors(layer, _TEXT, changes)
     if not all(value < float("inf") for value in measured.values()):
         raise BadNumbersError(f"layer {layer.index}: its outputs hold NaN or inf")
-    return {name: torch.tensor(measured[name] / max(expected[name], 1e-300), dtype=torch.float64) for name in weights}
+    return {name: torch.tensor(measured[name] / max(expected[name], 1e-300), dtype=torch.float64) for name in measured}
 
 
 @contextmanager
