@@ -95,7 +95,10 @@ def sensitivities(layer: LayerPass, moments: dict[str, Tensor]) -> dict[str, Ten
     measured = output_errors(layer, _TEXT, changes)
     if not all(value < float("inf") for value in measured.values()):
         raise BadNumbersError(f"layer {layer.index}: its outputs hold NaN or inf")
-    return {name: torch.tensor(measured[name] / max(expected[name], 1e-300), dtype=torch.float64) for name in measured}
+    return {
+        name: torch.tensor(error / max(expected[name], 1e-300), dtype=torch.float64)
+        for name, error in measured.items()
+    }
 
 
 @contextmanager
