@@ -26,6 +26,20 @@ def builtin_recipes() -> dict[str, str]:
     return {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in found if f.name.endswith(".yaml")}
 
 
+class Evaluation(BaseModel):
+    """How the output is measured against its source, as `eval` would: what its report says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str = Field(min_length=1, description="a third text: text file, or dataset:PATH")
+    window: int | None = Field(
+        None, ge=2, strict=True, description="tokens in a window, as in calibration by default"
+    )
+    windows: int | None = Field(None, ge=1, strict=True, description="windows to measure, all by default")
+    dtype: str = Field("auto", description="what models run in")
+    outliers: bool = Field(False, strict=True, description="also inf-norms, kurtosis and sinks, layer by layer")
+
+
 class Recipe(BaseModel):
     """Ordered steps, and the texts and settings that they share. Paths are relative to where one runs it."""
 
@@ -39,6 +53,7 @@ class Recipe(BaseModel):
     window: int = Field(1024, ge=2, strict=True, description="tokens in a window")
     seed: int = Field(0, ge=0, le=2**63 - 1, strict=True, description="seed of the draw")
     max_shard_bytes: int = Field(5_000_000_000, ge=1, strict=True, description="size at which the output is split")
+    evaluate: Evaluation | None = Field(None, description="measure the output when it is there, and write a report")
     steps: tuple[SerializeAsAny[BaseModel], ...] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -72,7 +72,17 @@ ALLOWED = {
         "texts",
         "transform",
     },
-    "cli": {"demo", "errors", "modeling", "pipeline", "processes", "progress", "recipes"},
+    "reporting": {
+        "checkpoint",
+        "errors",
+        "evaluation",
+        "pipeline",
+        "processes",
+        "progress",
+        "recipes",
+        "texts",
+    },
+    "cli": {"demo", "errors", "modeling", "pipeline", "processes", "progress", "recipes", "reporting"},
 }
 
 

@@ -8,11 +8,12 @@ if TYPE_CHECKING:
     from reattend.evaluation.perplexity import evaluate
     from reattend.modeling.attention_backend import register_attention
     from reattend.modeling.loading import load
-    from reattend.pipeline.execution import apply
     from reattend.pipeline.healing import heal
     from reattend.pipeline.planning import plan
     from reattend.pipeline.sensitivity import sensitivity
     from reattend.pipeline.verification import verify
+    from reattend.reporting.applying import apply
+    from reattend.reporting.measure import report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "load",
     "plan",
     "register_attention",
+    "report",
     "sensitivity",
     "verify",
 ]
@@ -32,12 +34,13 @@ __all__ = [
 _HOMES = {
     "Failure": "reattend.errors",
     "Refusal": "reattend.errors",
-    "apply": "reattend.pipeline.execution",
+    "apply": "reattend.reporting.applying",
     "heal": "reattend.pipeline.healing",
     "evaluate": "reattend.evaluation.perplexity",
     "load": "reattend.modeling.loading",
     "register_attention": "reattend.modeling.attention_backend",
     "plan": "reattend.pipeline.planning",
+    "report": "reattend.reporting.measure",
     "sensitivity": "reattend.pipeline.sensitivity",
     "verify": "reattend.pipeline.verification",
 }

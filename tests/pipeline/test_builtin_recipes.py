@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from huggingface_hub import ModelCard
 
 import reattend
 from pairs import disturb
@@ -32,8 +33,12 @@ def test_on_the_bundled_model(name, tmp_path):
     planned = reattend.plan(small(name), source).summary()
     done = reattend.apply(small(name), source, tmp_path / "out").summary()
     assert done["bytes_after"] <= planned["bytes_after"]
-    checked = reattend.verify(tmp_path / "out", against=source)
-    assert checked["problems"] == []
+    told = reattend.report(tmp_path / "out", against=source, base="org/demo")
+    assert told["verification"]["problems"] == []
+    assert told["engines"] == done["engines"]
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "org/demo"
+    assert card.data.tags[:2] == ["reattend", planned["steps"][0]["step"].replace("_", "-")]
     model, tokenizer = reattend.load(tmp_path / "out")
     loss = model(**tokenizer("The town lies on the river", return_tensors="pt")).logits.float().logsumexp(-1)
     assert math.isfinite(float(loss.detach().mean()))

@@ -48,7 +48,7 @@ def probed(models, tmp_path_factory):
         ids = verification._token_ids(open_checkpoint(models("llama")), models("llama"))
         problems = verification._probe({**sources, **{family: place / family for family in planned}}, ids, place)
         assert not any(problems[name] for name in sources)
-        errors = {f: verification._distance(place / f"{f}.pt", place / f"source of {f}.pt") for f in planned}
+        errors = {f: verification._errors(place / f"{f}.pt", place / f"source of {f}.pt")[0] for f in planned}
         return place, planned, problems, errors
 
     return get

@@ -15,6 +15,11 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "reattend.json"
 RECIPE = "recipe.yaml"
+CARD = "README.md"
+SOURCE_CARD = "SOURCE_README.md"  # where an output keeps its source's card once it has its own
+REPORT = "report.json"
+REPORT_TEXT = "REPORT.md"
+PLOTS = "report"  # a folder
 OUTLIERS = "int8_outliers"  # a folder of weights that no stock loader looks into
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".tflite", *PICKLES)
@@ -46,8 +51,21 @@ class Checkpoint:
     @property
     def sidecars(self) -> list[str]:
         """Files that are neither weights nor written anew: they are copied byte for byte."""
-        made = {"config.json", INDEX, SINGLE, MANIFEST, RECIPE, *self.digests}
+        made = {"config.json", INDEX, SINGLE, MANIFEST, RECIPE, *self.digests, *self.reported}
         return [f for f in self.sizes if f not in made and f not in self.ignored]
+
+    @property
+    def reported(self) -> list[str]:
+        """Files of an output's own report and card, which would be untrue of what is made of it."""
+        if MANIFEST not in self.sizes or REPORT not in self.sizes:
+            return []
+        return [f for f in self.sizes if is_reported(f)]
+
+
+def is_reported(file: str) -> bool:
+    """Whether a file of an output is one that `report` writes."""
+    plot = file.startswith(f"{PLOTS}/") and file.endswith(".png") and file.count("/") == 1
+    return plot or file in (CARD, REPORT, REPORT_TEXT)
 
 
 def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
@@ -143,8 +161,11 @@ def _check_listed(files: Files, listed: dict[str, str], tensors: dict[str, Store
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Return the sha256 over the config, the header hashes and every source file's size."""
+    """Return the sha256 over the config, the header hashes and every file's size, cards apart.
+
+    An output is the same model before and after its report.
+    """
     weights = {f: checkpoint.sizes[f] for f in checkpoint.digests}
-    sidecars = {f: checkpoint.sizes[f] for f in checkpoint.sidecars}
+    sidecars = {f: checkpoint.sizes[f] for f in checkpoint.sidecars if f not in (CARD, SOURCE_CARD)}
     record = [checkpoint.config, checkpoint.digests, weights, sidecars]
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -8,6 +8,7 @@ import click
 from reattend import processes
 from reattend.cli.console import progress, show
 from reattend.cli.recipes import as_json, recipes
+from reattend.cli.reporting import report
 from reattend.cli.streams import tell
 from reattend.errors import Failure, Refusal
 from reattend.modeling.dtypes import DTYPES
@@ -19,6 +20,9 @@ calibration = click.option("--calibration", metavar="TEXT", help="Calibration te
 selection = click.option("--selection", metavar="TEXT", help="Another text, to choose parameters on.")
 windows = click.option("--windows", type=click.IntRange(1), help="Windows drawn from the calibration text.")
 selection_windows = click.option("--selection-windows", type=click.IntRange(1), help="Windows of the other text.")
+evaluate_on = click.option(
+    "--evaluate", metavar="TEXT", help="A third text: measure OUT on it, and write its report."
+)
 window = click.option("--window", type=click.IntRange(2), help="Tokens in a window.")
 _SETTINGS = ("calibration", "selection", "windows", "selection_windows", "window")  # those of the recipe
 
@@ -37,7 +41,7 @@ def _text_options(command: Any) -> Any:
 
 def _run_options(command: Any) -> Any:
     """The options that `apply` and `convert` share."""
-    return resume(overwrite(_text_options(command)))
+    return resume(overwrite(evaluate_on(_text_options(command))))
 
 
 @click.command()
@@ -86,10 +90,20 @@ def _with_settings(recipe: Any, options: dict[str, Any]) -> Any:
     return override(recipe, {key: value for key, value in settings.items() if value is not None})
 
 
+def _evaluated(recipe: Any, text: str | None) -> Any:
+    """Return the recipe with another text to evaluate on, if one was given."""
+    from reattend.recipes.schema import override
+
+    if text is None:
+        return recipe
+    given = {} if recipe.evaluate is None else recipe.evaluate.model_dump()
+    return override(recipe, {"evaluate": {**given, "text": text}})
+
+
 def _apply(recipe: Any, model: str, out: str, options: dict[str, Any]) -> None:
     import reattend
 
-    recipe = _with_settings(recipe, options)
+    recipe = _evaluated(_with_settings(recipe, options), options.pop("evaluate"))
     as_json = options.pop("as_json")
     with progress() as report:
         done = reattend.apply(recipe, model, out, progress=report, **options)
@@ -107,6 +121,11 @@ def _show_done(done: Any, model: str, out: str, as_json: bool) -> None:
     shown: dict[str, Any] = {"out": out, "model": model, **{key: summary[key] for key in keys}}
     if findings:
         shown["findings"] = findings
+    if done.recipe.evaluate is not None:
+        from reattend.reporting.figures import summary
+        from reattend.reporting.record import read_report
+
+        shown["measured"] = summary(read_report(Path(out)) or {})
     show(shown, as_json=as_json)
 
 
@@ -266,4 +285,4 @@ def demo(out: str, overwrite: bool, as_json: bool) -> None:
 
 
 evaluate.name = "eval"
-COMMANDS = (inspect, plan, apply, convert, heal, verify, evaluate, sensitivity, recipes, demo)
+COMMANDS = (inspect, plan, apply, convert, heal, verify, evaluate, report, sensitivity, recipes, demo)

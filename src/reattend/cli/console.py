@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from reattend import processes
-from reattend.cli.report import aligned, human, table
 from reattend.cli.streams import put, tell
 from reattend.progress import Progress, silent
+from reattend.reporting.readable import aligned, human, table
 
 BYTE_PHASES = ("rewriting",)
 TOKEN_PHASES = ("healing",)

@@ -18,6 +18,7 @@ from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import open_checkpoint
 from reattend.errors import Failure, Refusal
 from reattend.evaluation import static_perplexity as static
+from reattend.evaluation.cache import cache_bytes_per_token
 from reattend.evaluation.losses import nll_of, perplexity_of, stderr
 from reattend.evaluation.outliers import OutlierMeter
 from reattend.evaluation.subject import Subject
@@ -49,18 +50,18 @@ def evaluate(  # noqa: PLR0913 (what the command takes)
     """Measure `model` on a text (a file or `dataset:..`), in disjoint windows; all of them, or `windows`.
 
     Returns `perplexity`, `perplexity_stderr` (None for a single window), `bits_per_byte`, `tokens` (number
-    predicted) and how they were measured; with `against`, measured on the same tokens, also
-    `base_perplexity`, `delta` and `delta_stderr` (perplexity), `kl_mean` (nats, base || model, per
-    token) and `top1_agreement` (share of tokens). With `outliers` also `outliers` and, of `against`,
+    predicted), `cache_bytes_per_token` (what the KV cache holds, in `dtype`) and how they were measured; with
+    `against`, measured on the same tokens, also `base_perplexity` and `base_perplexity_stderr`, `delta` and
+    `delta_stderr` (perplexity, paired), `kl_mean` (nats, base || model, per token), `top1_agreement` (share of
+    tokens) and `base_cache_bytes_per_token`. With `outliers` also `outliers` and, of `against`,
     `base_outliers`: see docs/outliers.md; an encoder has these alone. `static_calibration`, another text, adds
     to them the perplexity in static W8A8, simulated. Raises `Refusal` for a text on which the model was
     calibrated or chosen, and for a calibration text that shares text with the measured one.
     """
     named = [path for path in (model, against) if path is not None]
-    sources = [_check(path, window, outliers) for path in named]
+    sources = [check_measurable(path, window=window, dtype=dtype, outliers=outliers) for path in named]
     if windows is not None and windows < 1:
         raise Refusal(f"windows: {windows}, expected 1 or more")
-    check_dtype(dtype)
     _check_processes(device, outliers)
     content = read_text(text)
     for measured in named:
@@ -83,6 +84,7 @@ def evaluate(  # noqa: PLR0913 (what the command takes)
     subjects = [Subject(str(p), m, s.family) for p, m, s in zip(named, models, sources, strict=True)]
     rows, meters = _measured(subjects, cut, outliers, progress)
     report = {"model": str(model), "text": str(text), **_summary(subjects, rows, cut, window)}
+    report |= _caches(subjects, cut)
     report["dtype"] = str(subjects[0].model.dtype).removeprefix("torch.")
     report["attention"] = subjects[0].model.config._attn_implementation
     report["runtime"] = "reattend kernels" if on_kernels(subjects[0].model) else "transformers"
@@ -101,7 +103,9 @@ def _check_processes(device: str, outliers: bool) -> None:
         raise Refusal("outliers: are measured by a single process; run it without torchrun")
 
 
-def _check(model: Path, window: int, outliers: bool) -> Source:
+def check_measurable(model: Path, *, window: int, dtype: str, outliers: bool) -> Source:
+    """Return a model as its headers describe it. Raises `Refusal` where it could not be measured in this way."""
+    check_dtype(dtype)
     source = source_of(open_checkpoint(model))
     if "encoder" in source.family.features and not outliers:
         kind = source.family.model_type
@@ -189,12 +193,18 @@ def _summary(subjects: Sequence[Subject], rows: list[Row], cut: Windows, window:
     return found | {"window": window, "windows": len(cut.ids), "bos": cut.bos, "text_sha256": cut.text_sha256}
 
 
+def _caches(subjects: Sequence[Subject], cut: Windows) -> dict[str, Any]:
+    keys = ("cache_bytes_per_token", "base_cache_bytes_per_token")
+    return {key: cache_bytes_per_token(subject, cut.ids[0]) for key, subject in zip(keys, subjects, strict=False)}
+
+
 def _comparison(rows: list[Row], base: Subject) -> dict[str, Any]:
     ours, theirs, kl, agree = torch.tensor(rows, dtype=torch.float64).T
     after = float(ours.mean().exp())
-    before, _ = perplexity_of(base.name, theirs.tolist())
+    before, error = perplexity_of(base.name, theirs.tolist())
     return {
         "base_perplexity": before,
+        "base_perplexity_stderr": error,
         "delta": after - before,
         "delta_stderr": stderr(after * ours - before * theirs),
         "kl_mean": float(kl.mean()),

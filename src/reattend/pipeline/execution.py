@@ -18,6 +18,7 @@ from reattend.errors import DeadEndError, Failure, ReattendError, Refusal, first
 from reattend.families.source import source_of
 from reattend.modeling.loading import check_device
 from reattend.pipeline.calibrating import Calibration, earlier_texts, prepare
+from reattend.pipeline.history import earlier_runs
 from reattend.pipeline.passes import Pass, passes_of
 from reattend.pipeline.planning import Plan, plan, settle
 from reattend.pipeline.streaming import stream
@@ -40,6 +41,7 @@ class _Run:
             "reattend": reattend.__version__,
             "recipe": self.plan.recipe.model_dump(mode="json"),
             "source": fingerprint(self.plan.checkpoint),
+            "earlier": earlier_runs(self.plan.checkpoint),
             "texts": earlier_texts(self.plan.checkpoint) | self.calibration.records(),
             "tolerance": self.plan.tolerance,
         }
@@ -175,7 +177,8 @@ def _run_pass(run: _Run, steps: Pass, folder: Path, staging: Staging) -> None:
         staging.add_file(file, content)
     findings = ([] if first else read_findings(folder)) + steps.findings(statistics)
     staging.add_file(RECIPE, dump_recipe(run.plan.recipe).encode())
-    staging.add_file(MANIFEST, _json(run.manifest | {"findings": findings}))
+    told = {"engines": steps.stages[-1].engines, "findings": findings}
+    staging.add_file(MANIFEST, _json(run.manifest | told))
     _declare(steps, steps.config(statistics), staging)
 
 

@@ -14,7 +14,6 @@ from reattend.checkpoint.index import RECIPE, Checkpoint, open_checkpoint
 from reattend.checkpoint.staging import Layout, lay_out
 from reattend.errors import Refusal
 from reattend.families.attention_kinds import check_kinds
-from reattend.families.portable import engine_limits
 from reattend.families.source import Source, describe, source_of
 from reattend.modeling.int8_outliers import check_outliers
 from reattend.pipeline.memory import PROCESS_BYTES, calibration_bytes
@@ -92,7 +91,6 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """Return the plan as plain data, sizes in bytes."""
-        last = self.stages[-1]
         return {
             "model": self.checkpoint.files.name,
             "bytes_before": self.checkpoint.nbytes,
@@ -106,7 +104,7 @@ class Plan:
             "calibration_memory_at_least_bytes": self.calibration_bytes,
             "disk_bytes": self.disk_bytes,
             "shards": len(self.layout.headers),
-            "engines": last.transform.engines(last.source) | engine_limits(self.result.config),
+            "engines": self.stages[-1].engines,
             "remarks": list(self.remarks),
             "passes": [[stage.name for stage in one.stages] for one in self.passes],
             "steps": [stage.summary() for stage in self.stages],
@@ -175,6 +173,8 @@ def _remarks(planned: Plan) -> Iterator[str]:
         yield f"not copied, as they hold other weights: {', '.join(checkpoint.ignored)}"
     for name, kind in checkpoint.skipped.items():
         yield f"not copied: {name} ({kind})"
+    if checkpoint.reported:
+        yield f"not copied, as they tell of the source alone: {', '.join(checkpoint.reported)}"
     if RECIPE in checkpoint.sizes:
         yield f"the source's {RECIPE} is replaced by this run's"
     for purpose in ("calibration", "selection"):

@@ -1,7 +1,8 @@
 """Run by `verify` as a script of its own, where `reattend` can't be imported: stock transformers only.
 
 Usage: probe.py IDS.json NAME=MODEL .. Loads one model after the other strictly, checks keys, numbers and index,
-and saves, beside the ids (one window, 1-D), what is wrong as NAME.json and the logits of the ids as NAME.pt.
+and saves, beside the ids (one window, 1-D), what is wrong as NAME.json and, as NAME.pt, the `logits` of the ids and
+what each layer put out (`layers`, a list, the last one after the final norm).
 """
 
 import gc
@@ -101,12 +102,13 @@ def _loader(config: dict[str, Any]) -> tuple[Any, bool]:
     return getattr(transformers, auto), True
 
 
-def _logits(model: Any, ids: list[int]) -> Any:
+def _outputs(model: Any, ids: list[int]) -> dict[str, Any]:
     import torch
 
     with torch.inference_mode():
-        output = model(torch.tensor([ids]))
-    return (output.logits if hasattr(output, "logits") else output.last_hidden_state)[0].float()
+        output = model(torch.tensor([ids]), output_hidden_states=True)
+    logits = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return {"logits": logits[0].float(), "layers": [hidden[0].float() for hidden in output.hidden_states[1:]]}
 
 
 def _probe(folder: Path, ids: list[int], place: Path) -> None:
@@ -116,8 +118,8 @@ def _probe(folder: Path, ids: list[int], place: Path) -> None:
     scratch.mkdir()
     problems = _check_numbers(folder)
     model, unloaded = _load(folder, scratch)
-    out = _logits(model, ids)
-    if not torch.isfinite(out).all():
+    out = _outputs(model, ids)
+    if not torch.isfinite(out["logits"]).all():
         problems.append("logits hold NaN or inf")
     torch.save(out, place.with_suffix(".pt"))
     place.with_suffix(".json").write_text(json.dumps(problems + unloaded))

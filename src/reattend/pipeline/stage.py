@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from reattend.checkpoint.header import TensorSpec
 from reattend.checkpoint.staging import Layout
+from reattend.families.portable import engine_limits
 from reattend.families.source import Source
 from reattend.transform import Group, Transform
 
@@ -31,6 +32,11 @@ class Stage:
     def transform(self) -> Transform:
         """The step as a transform."""
         return self.step  # type: ignore[return-value]
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """Which engines can serve what the step writes: engine -> "yes", or how, or why not."""
+        return self.transform.engines(self.source) | engine_limits(self.result.config)
 
     @property
     def changed(self) -> list[Group]:

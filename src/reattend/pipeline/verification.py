@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reattend.checkpoint.files import open_files
 from reattend.checkpoint.index import MANIFEST, Checkpoint, fingerprint, open_checkpoint, read_json
@@ -16,6 +16,9 @@ from reattend.families.portable import portable_classes
 from reattend.families.source import source_of
 from reattend.modeling.int8_outliers import check_outliers
 from reattend.modeling.loading import load_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PROBE = Path(__file__).with_name("probe.py")
 # Natural text, as random ids would meet the model far from where it is used.
@@ -31,8 +34,9 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
     """Check `out`, a folder or a Hub id, and its logits against the source model `against` if given.
 
     Returns `problems` (empty means sound), and with `against` the `logits_error` (relative L2 over all
-    logits of a short passage, both in fp32) beside the `tolerance` that the step declared. Raises
-    `Refusal` where `out` is no output of reattend or `against` is not its source.
+    logits of a short passage, both in fp32) beside the `tolerance` that the step declared, and `layer_errors`: the
+    same of what each layer puts out, the last one after the final norm (None where the number of layers differs).
+    Raises `Refusal` where `out` is no output of reattend or `against` is not its source.
     """
     checkpoint = open_checkpoint(out)
     described = source_of(checkpoint)
@@ -56,8 +60,8 @@ def verify(out: str | os.PathLike[str], *, against: str | os.PathLike[str] | Non
         if source is None:
             return report
         problems += [f"source: {problem}" for problem in found["source"]]
-        error = _distance(Path(scratch, "out.pt"), Path(scratch, "source.pt"))
-    report |= {"logits_error": error, "tolerance": manifest["tolerance"], "tokens": len(ids)}
+        error, layers = _errors(Path(scratch, "out.pt"), Path(scratch, "source.pt"))
+    report |= {"logits_error": error, "tolerance": manifest["tolerance"], "tokens": len(ids), "layer_errors": layers}
     if not error <= manifest["tolerance"]:
         problems.append(f"logits differ by {error:.4g}, more than {manifest['tolerance']}")
     return report
@@ -84,10 +88,20 @@ def _check_code(folder: Path, config: dict[str, Any]) -> None:
         raise Refusal(f"{folder}/custom_generate: is not the code of this version of reattend; it is not run")
 
 
-def _source(manifest: dict[str, Any], against: str | os.PathLike[str]) -> Path:
+def check_source(out: str | os.PathLike[str], against: str | os.PathLike[str]) -> None:
+    """Raise `Refusal` where `against` is not what the output `out` was made from."""
+    _matching(_manifest(open_checkpoint(out)), against)
+
+
+def _matching(manifest: dict[str, Any], against: str | os.PathLike[str]) -> Checkpoint:
     checkpoint = open_checkpoint(against)
     if fingerprint(checkpoint) != manifest["source"]:
         raise Refusal(f"{against}: is not the source that {MANIFEST} records")
+    return checkpoint
+
+
+def _source(manifest: dict[str, Any], against: str | os.PathLike[str]) -> Path:
+    checkpoint = _matching(manifest, against)
     source_of(checkpoint)  # of a family that is known, so that the probe needs no foreign code
     folder = open_files(against).download()
     _check_code(folder, checkpoint.config)
@@ -122,10 +136,18 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _distance(out: Path, source: Path) -> float:
+def _errors(out: Path, source: Path) -> tuple[float, list[float] | None]:
+    """Return the relative L2 error of the logits, and of each layer's output if there are as many layers."""
     import torch
 
-    ours, theirs = (torch.load(logits, weights_only=True) for logits in (out, source))
+    ours, theirs = (torch.load(outputs, weights_only=True) for outputs in (out, source))
+    error = _distance(ours["logits"], theirs["logits"])
+    if len(ours["layers"]) != len(theirs["layers"]):
+        return error, None
+    return error, [_distance(*pair) for pair in zip(ours["layers"], theirs["layers"], strict=True)]
+
+
+def _distance(ours: "Tensor", theirs: "Tensor") -> float:
     if ours.shape != theirs.shape:
         raise Failure(f"logits have shape {tuple(ours.shape)}, the source's {tuple(theirs.shape)}")
     return float((ours - theirs).norm() / theirs.norm())

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from reattend import demo
 from reattend.cli import console
-from reattend.cli.report import aligned, table
+from reattend.reporting.readable import aligned, table
 
 NAME = (
     "model.layers.0.self_attn.q_proj.weight BF16 [192, 192] -> model.layers.0.self_attn.q_proj.weight I8 [192, 192]"
