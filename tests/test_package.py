@@ -82,6 +82,7 @@ ALLOWED = {
         "recipes",
         "texts",
     },
+    "hub": {"checkpoint", "errors", "processes", "progress", "reporting"},
     "cli": {"demo", "errors", "modeling", "pipeline", "processes", "progress", "recipes", "reporting"},
 }
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reattend.errors import Failure, Refusal
     from reattend.evaluation.perplexity import evaluate
+    from reattend.hub.pushing import push
     from reattend.modeling.attention_backend import register_attention
     from reattend.modeling.loading import load
     from reattend.pipeline.healing import heal
@@ -24,6 +25,7 @@ __all__ = [
     "heal",
     "load",
     "plan",
+    "push",
     "register_attention",
     "report",
     "sensitivity",
@@ -40,6 +42,7 @@ _HOMES = {
     "load": "reattend.modeling.loading",
     "register_attention": "reattend.modeling.attention_backend",
     "plan": "reattend.pipeline.planning",
+    "push": "reattend.hub.pushing",
     "report": "reattend.reporting.measure",
     "sensitivity": "reattend.pipeline.sensitivity",
     "verify": "reattend.pipeline.verification",

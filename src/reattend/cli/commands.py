@@ -7,6 +7,7 @@ import click
 
 from reattend import processes
 from reattend.cli.console import progress, show
+from reattend.cli.publishing import push
 from reattend.cli.recipes import as_json, recipes
 from reattend.cli.reporting import report
 from reattend.cli.streams import tell
@@ -285,4 +286,4 @@ def demo(out: str, overwrite: bool, as_json: bool) -> None:
 
 
 evaluate.name = "eval"
-COMMANDS = (inspect, plan, apply, convert, heal, verify, evaluate, report, sensitivity, recipes, demo)
+COMMANDS = (inspect, plan, apply, convert, heal, verify, evaluate, report, push, sensitivity, recipes, demo)

@@ -13,7 +13,7 @@ from reattend.cli.streams import put, tell
 from reattend.progress import Progress, silent
 from reattend.reporting.readable import aligned, human, table
 
-BYTE_PHASES = ("rewriting",)
+BYTE_PHASES = ("rewriting", "pushing")
 TOKEN_PHASES = ("healing",)
 
 

@@ -1,0 +1,1 @@
+"""Outputs on the Hub: pushed whole, and compared there with what lies here."""
