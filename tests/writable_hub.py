@@ -45,7 +45,8 @@ class WritableHub(ThreadingHTTPServer):
     Faults: `refuse` maps a pattern of "METHOD path" to statuses, one for each of the next requests like it; `drop`
     to how many bytes of a body are read before the connection is cut, again one each; `slow` is a pause, in
     seconds, before each block of a body; `before_commit` is called once before the next commit; `corrupt` makes the
-    listing of a path untrue; `card_errors` is what the validator says of cards. `asked` are all requests.
+    listing of a path untrue; `card_errors` is what the validator says of cards; `lose_answer` puts a 503 in the place
+    of what the next commit is answered. `asked` are all requests.
     """
 
     def __init__(self, store: Path) -> None:
@@ -60,6 +61,7 @@ class WritableHub(ThreadingHTTPServer):
         self.before_commit = None
         self.corrupt: set[str] = set()
         self.card_errors: list[str] = []
+        self.lose_answer = False
         self.multipart = False
 
     @property
@@ -150,7 +152,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(
                 409, {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}
             )
-        self.server.repositories[name] = Repository(private=asked.get("visibility") == "private" or bool(asked.get("private")))
+        self.server.repositories[name] = Repository(
+            private=asked.get("visibility") == "private" or bool(asked.get("private"))
+        )
         self.server.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
         return self.answer(200, {"url": f"{self.server.url}/{name}", "name": name})
 
@@ -242,6 +246,9 @@ class _Handler(BaseHTTPRequestHandler):
             found.titles[number] = header["summary"]
         made = {"commitOid": found.commit(revision, files), "success": True}
         made["commitUrl"] = f"{self.server.url}/{name}/commit/{made['commitOid']}"
+        if self.server.lose_answer:
+            self.server.lose_answer = False
+            return self.answer(503, {})
         if "create_pr" in self.query:
             made["pullRequestUrl"] = f"{self.server.url}/{name}/discussions/{number}"
         return self.answer(200, made)

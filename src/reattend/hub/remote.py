@@ -115,6 +115,8 @@ def _file(entry: Any) -> RemoteFile:
 
 def _told(name: str, what: str, error: Exception) -> ReattendError:
     """Return a client's error as ours."""
+    if isinstance(error, ValueError) and "README.md" in str(error):  # what its validator says is on further lines
+        return Refusal(f"{name}: {what}: {' '.join(str(error).split())}")
     cause: BaseException | None = error
     status = None
     while cause is not None and status is None:  # the client wraps what went wrong in a thread
@@ -130,8 +132,6 @@ def _told(name: str, what: str, error: Exception) -> ReattendError:
         return Refusal(f"{name}: {what}: the name is taken")
     if status is not None:
         return Failure(f"{name}: {what}: the Hub answered {status}; run it again to go on")
-    if isinstance(error, ValueError) and "README.md" in str(error):  # what its validator says is on further lines
-        return Refusal(f"{name}: {what}: {' '.join(str(error).split())}")
     reason = first_line(innermost if isinstance(innermost, Exception) else error)
     return Failure(f"{name}: {what}: {reason}; run it again to go on")
 
