@@ -28,6 +28,7 @@ class Hub(ThreadingHTTPServer):
         self.whole: Counter[str] = Counter()
         self.broken: set[str] = set()
         self.busy = 0
+        self.asked: list[str] = []
 
     def tree(self) -> list[dict[str, object]]:
         """Return the entries of a recursive listing."""
@@ -54,13 +55,17 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
+        self.server.asked.append(self.path)
         path = unquote(self.path.partition("?")[0])
         if path.startswith(f"{API}/tree/") and self.server.busy:
             self.server.busy -= 1
             self.answer(503, b"{}")
         elif path.startswith(f"{API}/tree/"):
             self.answer(200, json.dumps(self.server.tree()).encode())
-        elif path in (API, f"{API}/revision/main"):
+        elif path == API or path.startswith(f"{API}/revision/"):
+            asked = path.rpartition("/")[2]
+            if asked not in ("demo", "main", "v1", COMMIT):
+                return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             self.answer(200, json.dumps({"id": "org/demo", "sha": COMMIT, "siblings": []}).encode())
         elif path.startswith(RESOLVE):
             self.answer_file(path.removeprefix(RESOLVE).partition("/")[2])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import reattend
-from hub_server import serving
+from hub_server import COMMIT, serving
 from reattend import demo
 from reattend.pipeline.inspection import inspect
 from reattend.texts.reading import read_text
@@ -78,14 +78,40 @@ def test_applied_to_a_repository_the_output_is_that_of_the_folder(hub, run, tmp_
     remote = run("apply", "int8", "org/demo", tmp_path / "remote")
     assert remote.returncode == 0, remote.stderr
     reattend.apply("int8", hub.folder, tmp_path / "local")
-    written = contents(tmp_path / "remote")
-    assert written == contents(tmp_path / "local")
+    written, local = contents(tmp_path / "remote"), contents(tmp_path / "local")
+    told, expected = (json.loads(files.pop("reattend.json")) for files in (written, local))
+    assert written == local
+    assert told == expected | {"base": {"model": "org/demo", "revision": COMMIT}}
     assert set(ODD) < set(written)
     assert not set(IGNORED) & (set(hub.sent) | set(written))
     assert hub.whole["model.safetensors"] == 1
     assert all(line.startswith("rewriting: ") for line in remote.stderr.splitlines())
     checked = run("verify", tmp_path / "remote", "--against", "org/demo", "--json")
     assert json.loads(checked.stdout)["problems"] == []
+
+
+def test_a_revision_is_pinned_and_told(hub, run, tmp_path):
+    done = run("apply", "int8", "org/demo@v1", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    base = json.loads((tmp_path / "out" / "reattend.json").read_text())["base"]
+    assert base == {"model": "org/demo", "revision": COMMIT}
+    # What is read after the revision was looked up is of the commit, whatever the branch is by then.
+    read = [path for path in hub.asked if "/tree/" in path or "/resolve/" in path]
+    assert read
+    assert all(COMMIT in path for path in read)
+    check_one_line(run("inspect", "org/demo@v2"), "org/demo@v2: no such folder here, and the Hub answers: ")
+
+
+def test_offline_a_repository_is_what_the_cache_holds(hub, run, environment, tmp_path):
+    assert run("apply", "int8", "org/demo", tmp_path / "out").returncode == 0
+    asked = len(hub.asked)
+    environment["HF_HUB_OFFLINE"] = "1"
+    for name in ("org/demo", f"org/demo@{COMMIT}"):
+        done = run("plan", "int8", name, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["bytes_before"] == reattend.plan("int8", hub.folder).summary()["bytes_before"]
+    assert len(hub.asked) == asked
+    check_one_line(run("inspect", "org/absent"), "org/absent: no such folder here, and the Hub answers: ")
 
 
 def test_evaluating_a_repository_equals_evaluating_the_folder(hub, run):
@@ -135,7 +161,7 @@ def test_a_busy_hub_is_asked_again_without_a_word(hub, run):
 
 def test_no_connection_is_a_failure_that_names_the_file(hub, environment):
     hub.server_close()
-    code = "from reattend.checkpoint.files import HubRepository as H; H('org/demo').read('config.json', 0, 9)"
+    code = "from reattend.checkpoint.files import HubRepository as H; h = H('org/demo'); h.commit = 'main'; h.read('config.json', 0, 9)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     last = done.stderr.splitlines()[-1]
     assert last.startswith("reattend.errors.Failure: org/demo/config.json: cannot be read: ")

@@ -4,6 +4,7 @@ import glob
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -74,18 +75,28 @@ class LocalFolder:
 
 
 class HubRepository:
-    """Files of a Hub repository, read by HTTP ranges: nothing is downloaded whole, except by `download`."""
+    """Files of a Hub repository, read by HTTP ranges: nothing is downloaded whole, except by `download`.
 
-    def __init__(self, repository: str) -> None:
+    `name` is org/name, or org/name@revision with a branch, tag or commit. All that is read is of one commit.
+    """
+
+    def __init__(self, name: str) -> None:
         from huggingface_hub import HfApi
 
-        self.name = repository
+        self.name = name
+        self.repository, _, self._revision = name.partition("@")
         self._api = HfApi()
+
+    @cached_property
+    def commit(self) -> str:
+        """The commit that is read: what the revision was when it was first asked for."""
+        with self._asking(f"{self.name}: no such folder here, and the Hub answers"):
+            return str(self._api.model_info(self.repository, revision=self._revision or None).sha)
 
     def sizes(self) -> dict[str, int]:
         """See `Files.sizes`."""
-        with self._asking(f"{self.name}: no such folder here, and the Hub answers"):
-            entries = self._api.list_repo_tree(self.name, recursive=True)
+        with self._asking(f"{self.name}: its files can't be listed"):
+            entries = self._api.list_repo_tree(self.repository, revision=self.commit, recursive=True)
             return {e.path: e.size for e in entries if hasattr(e, "size")}
 
     def skipped(self) -> dict[str, str]:
@@ -100,7 +111,7 @@ class HubRepository:
         if not length:
             return b""
         span = {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"}
-        request = ("GET", hf_hub_url(self.name, file))
+        request = ("GET", hf_hub_url(self.repository, file, revision=self.commit))
         with (
             self._asking(f"{self.name}/{file}: cannot be read"),
             get_session().stream(
@@ -121,9 +132,15 @@ class HubRepository:
 
         from reattend.checkpoint.index import open_checkpoint  # late: it imports this module
 
-        ignored = [glob.escape(file) for file in open_checkpoint(self.name).ignored]
+        pinned = f"{self.repository}@{self.commit}"
+        ignored = [glob.escape(file) for file in open_checkpoint(pinned).ignored]
         with self._asking(f"{self.name}: cannot be downloaded"):
-            return Path(snapshot_download(self.name, ignore_patterns=ignored))
+            # By the revision's own name, so that the cache knows it offline; by the commit if it moved meanwhile.
+            for revision in (self._revision or None, self.commit):
+                folder = Path(snapshot_download(self.repository, revision=revision, ignore_patterns=ignored))
+                if folder.name == self.commit:
+                    break
+            return folder
 
     @contextmanager
     def _asking(self, doing: str) -> Iterator[None]:
@@ -161,7 +178,10 @@ def _take(blocks: Iterable[bytes], length: int) -> bytes:
 
 
 def open_files(model: str | os.PathLike[str]) -> LocalFolder | HubRepository:
-    """Return the files of a local folder, or of a Hub repository when no such folder exists."""
+    """Return the files of a local folder, or of a Hub repository when no such folder exists.
+
+    Offline, a repository is what the Hub's cache holds of it.
+    """
     text = str(model)
     if not text:
         raise Refusal("the name of a model is empty: expected a folder, or a Hub id")
@@ -174,4 +194,18 @@ def open_files(model: str | os.PathLike[str]) -> LocalFolder | HubRepository:
         raise Refusal(f"{text}: {error.strerror or error}") from error
     if exists or text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise Refusal(f"{text}: not a folder")
-    return HubRepository(text)
+    return _cached(text) or HubRepository(text)
+
+
+def _cached(name: str) -> LocalFolder | None:
+    """Return a repository's files in the Hub's cache if we are offline, and they are there."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    repository, _, revision = name.partition("@")
+    try:
+        return LocalFolder(Path(snapshot_download(repository, revision=revision or None, local_files_only=True)))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None  # the repository itself says what is wrong

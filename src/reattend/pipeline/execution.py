@@ -11,14 +11,14 @@ from typing import Any
 
 import reattend
 from reattend import processes
-from reattend.checkpoint.files import LocalFolder, open_files
+from reattend.checkpoint.files import HubRepository, LocalFolder, open_files
 from reattend.checkpoint.index import INDEX, MANIFEST, RECIPE, fingerprint, open_checkpoint
 from reattend.checkpoint.staging import Staging
 from reattend.errors import DeadEndError, Failure, ReattendError, Refusal, first_line
 from reattend.families.source import source_of
 from reattend.modeling.loading import check_device
 from reattend.pipeline.calibrating import Calibration, earlier_texts, prepare
-from reattend.pipeline.history import earlier_runs
+from reattend.pipeline.history import earlier_base, earlier_runs
 from reattend.pipeline.passes import Pass, passes_of
 from reattend.pipeline.planning import Plan, plan, settle
 from reattend.pipeline.streaming import stream
@@ -33,6 +33,7 @@ class _Run:
     plan: Plan
     calibration: Calibration
     progress: Progress
+    base: dict[str, str] | None
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -41,6 +42,7 @@ class _Run:
             "reattend": reattend.__version__,
             "recipe": self.plan.recipe.model_dump(mode="json"),
             "source": fingerprint(self.plan.checkpoint),
+            "base": self.base,
             "earlier": earlier_runs(self.plan.checkpoint),
             "texts": earlier_texts(self.plan.checkpoint) | self.calibration.records(),
             "tolerance": self.plan.tolerance,
@@ -78,7 +80,7 @@ def apply(
     if not isinstance(files, LocalFolder):
         plan(recipe, model)  # what can't be done is refused before a Hub repository is downloaded
     planned = plan(recipe, files.download())
-    run = _Run(planned, prepare(planned, device, progress), progress)
+    run = _Run(planned, prepare(planned, device, progress), progress, _base(files, planned))
     target = _target(planned, Path(out))
     if processes.rank():
         processes.join(device)
@@ -89,6 +91,13 @@ def apply(
         _run_or_clear(run, staging)
     processes.agree(None)
     return settle(planned, read_findings(target)[-1])
+
+
+def _base(files: LocalFolder | HubRepository, planned: Plan) -> dict[str, str] | None:
+    """Return the model on the Hub that the output goes back to, and its commit, where one is known."""
+    if isinstance(files, HubRepository):
+        return {"model": files.repository, "revision": files.commit}
+    return earlier_base(planned.checkpoint)
 
 
 def _run_or_clear(run: _Run, staging: Staging) -> None:

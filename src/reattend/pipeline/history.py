@@ -21,3 +21,13 @@ def earlier_runs(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     if not isinstance(earlier, list) or not all(isinstance(run, dict) for run in earlier):
         raise Refusal(f"{checkpoint.files.name}/{MANIFEST}: is damaged")
     return [*earlier, {key: manifest.get(key) for key in _RUN}]
+
+
+def earlier_base(checkpoint: Checkpoint) -> dict[str, str] | None:
+    """Return the model on the Hub, and its commit, that a checkpoint says it was made from; None if it says none."""
+    if MANIFEST not in checkpoint.sizes:
+        return None
+    base = read_json(checkpoint.files, checkpoint.sizes, MANIFEST).get("base")
+    if base is not None and not (isinstance(base, dict) and isinstance(base.get("model"), str)):
+        raise Refusal(f"{checkpoint.files.name}/{MANIFEST}: is damaged")
+    return base
