@@ -199,13 +199,14 @@ def open_files(model: str | os.PathLike[str]) -> LocalFolder | HubRepository:
 
 def _cached(name: str) -> LocalFolder | None:
     """Return a repository's files in the Hub's cache if we are offline, and they are there."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     if not constants.HF_HUB_OFFLINE:
         return None
     repository, _, revision = name.partition("@")
     try:
-        return LocalFolder(Path(snapshot_download(repository, revision=revision or None, local_files_only=True)))
-    except (HFValidationError, LocalEntryNotFoundError):
+        config = try_to_load_from_cache(repository, "config.json", revision=revision or None)
+    except HFValidationError:
         return None  # the repository itself says what is wrong
+    return LocalFolder(Path(config).parent) if isinstance(config, str) else None
