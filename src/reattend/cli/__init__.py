@@ -20,6 +20,7 @@ from reattend.errors import ReattendError
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
           "LOGURU_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false", "BITSANDBYTES_NOWELCOME": "1",
           "TQDM_DISABLE": "1", "TQDM_DELAY": "1e9"}  # fmt: skip
+_LOGGERS = ("bitsandbytes", "lm_eval")
 # The delay is for bars whose caller says disable=False, which wins over the environment.
 _asked = {"debug": False, "command": ""}  # what the line said that is being run, as far as it was parsed
 
@@ -72,7 +73,8 @@ _complete(cli)
 def _silence() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
 
@@ -81,7 +83,8 @@ def _unsilence() -> None:
     for name, value in _QUIET.items():
         if os.environ.get(name) == value:
             del os.environ[name]
-    logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.NOTSET)
     warnings.resetwarnings()
 
 

@@ -7,12 +7,12 @@ import click
 
 from reattend import processes
 from reattend.cli.console import progress, show
+from reattend.cli.evaluating import evaluate
 from reattend.cli.publishing import push
 from reattend.cli.recipes import as_json, recipes
 from reattend.cli.reporting import report
 from reattend.cli.streams import tell
 from reattend.errors import Failure, Refusal
-from reattend.modeling.dtypes import DTYPES
 
 resume = click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -243,28 +243,6 @@ def _fail_on(problems: list[str], out: str) -> None:
 
 
 @click.command()
-@click.argument("model")
-@click.option("--text", required=True, metavar="FILE", help="UTF-8 file to measure on, or dataset:PATH.")
-@click.option("--against", metavar="BASE", help="A second model, measured on the same tokens.")
-@click.option("--window", default=2048, show_default=True, help="Tokens in a window.")
-@click.option("--windows", type=click.IntRange(1), help="Windows to measure [default: all].")
-@click.option("--dtype", default="auto", show_default=True, help=", ".join(DTYPES))
-@click.option("--outliers", is_flag=True, help="Also inf-norms, kurtosis and attention to the first token, by layer.")
-@click.option(
-    "--static-calibration", metavar="TEXT", help="With --outliers: simulate static W8A8, ranges from this text."
-)
-@device
-@as_json
-def evaluate(model: str, text: str, as_json: bool, **options: Any) -> None:
-    """Measure perplexity with its error; against BASE also KL divergence and top-1 agreement."""
-    import reattend
-
-    with progress() as report:
-        result = reattend.evaluate(model, text, progress=report, **options)
-    show(result, as_json=as_json)
-
-
-@click.command()
 @click.option("--out", default="demo-output", show_default=True, help="Folder for the converted model.")
 @overwrite
 @as_json
@@ -285,5 +263,4 @@ def demo(out: str, overwrite: bool, as_json: bool) -> None:
     _fail_on(checked["problems"], out)
 
 
-evaluate.name = "eval"
 COMMANDS = (inspect, plan, apply, convert, heal, verify, evaluate, report, push, sensitivity, recipes, demo)
