@@ -4,8 +4,11 @@ No engine runs here: a stand-in calls the models as those backends do. It brings
 call hands over and from the module's attributes alone, and splits weights over two processes by the config's plan.
 """
 
+import ast
 import copy
 import fnmatch
+import inspect
+import textwrap
 import threading
 
 import pytest
@@ -14,7 +17,11 @@ from torch import nn
 from transformers import AttentionInterface
 
 from reattend.modeling.portable.configuration_reattend import ReattendConfig
-from reattend.modeling.portable.modeling_reattend import ReattendForCausalLM, ReattendModel
+from reattend.modeling.portable.latent_reattend import ReattendLatentAttention
+from reattend.modeling.portable.modeling_reattend import ReattendAttention, ReattendForCausalLM, ReattendModel
+from reattend.modeling.portable.modeling_reattend_bert import ReattendBertSelfAttention
+from reattend.modeling.portable.modeling_reattend_opt import ReattendOPTAttention
+from reattend.modeling.portable.sharing_reattend import ReattendFollower
 from tiny_models import GQA
 
 IDS = torch.randint(3, 96, (1, 18), generator=torch.Generator().manual_seed(0))
@@ -65,6 +72,28 @@ def test_a_backend_that_brings_its_own_attention_computes_the_model(parts):
     assert calls == [(layer, True, 1) for layer in range(LAYERS) if layer not in dropped]
     assert found.cache is None
     torch.testing.assert_close(found.last_hidden_state, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [ReattendAttention, ReattendFollower, ReattendLatentAttention, ReattendOPTAttention, ReattendBertSelfAttention],
+)
+def test_attention_is_found_by_reading_its_forward(kind):
+    """vLLM 0.33 (models/transformers/fusers/attention.py) looks for one call of what the interface gave, in `forward`.
+
+    The scale handed over has to be a constant or an attribute of the module, which it reads in advance.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    looked_up = {
+        node.targets[0].id for node in assigned if "ALL_ATTENTION_FUNCTIONS.get_interface(" in ast.unparse(node.value)
+    }
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") in looked_up
+    ]
+    assert len(calls) == 1
+    (scale,) = (word.value for word in calls[0].keywords if word.arg == "scaling")
+    assert ast.unparse(scale) in ("self.scaling", "1.0")
 
 
 @pytest.mark.parametrize("parts", PARTS)

@@ -58,11 +58,14 @@ PORTABLE = {
 
 def engine_limits(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the engines that can't serve a portable model, and why, in whatever format its weights are."""
-    if config.get("model_type") not in PORTABLE or config.get("latent_attention") is None:
+    if config.get("model_type") not in PORTABLE:
         return {}
-    return dict.fromkeys(
-        ("vllm", "sglang"), "no: its transformers backend caches keys and values of head_dim numbers, not latents"
-    )
+    if config.get("latent_attention") is not None:
+        caches = "no: its transformers backend caches keys and values of head_dim numbers, not latents"
+        return dict.fromkeys(("vllm", "sglang"), caches)
+    if config.get("attention_drop"):
+        return {"vllm": "no: its transformers backend wants attention in every layer"}
+    return {}
 
 
 def portable_classes(config: Mapping[str, Any]) -> PortableClasses | None:

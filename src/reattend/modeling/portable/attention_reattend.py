@@ -1,15 +1,17 @@
 """Optional parts of attention that the portable models share. Copied into checkpoints: needs transformers only.
 
+Each attention looks its function up, and calls it, in its own `forward`: vLLM finds attention by reading that.
+
 Legend: B batch, S queries, T keys, H query heads, G key heads, D head dim, V value dim, E hidden size.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 GATE_KINDS = ("linear", "mlp", "all_heads_linear", "elementwise")
 
@@ -64,27 +66,6 @@ class AttentionGate(nn.Module):
                 init.zeros_(parameter)
             else:
                 init.normal_(parameter, mean=0.0, std=std)
-
-
-def attend(module, query, key, value, mask, *, eager, gamma=None, zeta=1.0, row=None, **options):
-    """Call the attention function that the config names; with `gamma` (H,) softmax is clipped.
-
-    transformers' own functions don't clip, so `clipped_attention` stands in for sdpa and eager. `eager` is the
-    family's own eager function. `row` is where attention `reattend` leaves a leader's scores for its followers, other
-    functions don't know of it. Raises `ValueError` for an implementation that can't clip.
-    """
-    name = module.config._attn_implementation
-    if row is not None and name == "reattend":
-        options["shared_row"] = row
-    if gamma is None:
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)(module, query, key, value, mask, **options)
-    if name.startswith("reattend"):
-        function = ALL_ATTENTION_FUNCTIONS[name]
-    elif name in ("eager", "sdpa"):
-        function = clipped_attention
-    else:
-        raise ValueError(f"clipped softmax runs with attn_implementation 'eager' or 'sdpa', not {name!r}")
-    return function(module, query, key, value, mask, gamma=gamma, zeta=zeta, **options)
 
 
 def clipped_attention(
@@ -142,10 +123,24 @@ class OptionalParts(nn.Module):
             self.gamma = torch.tensor(self.gammas, dtype=torch.float32, device=self.gamma.device)
         return self
 
-    @property
-    def clipping(self):
-        """The arguments that say `attend` how to clip."""
-        return {} if self.gamma is None else {"gamma": self.gamma, "zeta": self.zeta}
+    def clipped(self, attention):
+        """Return what clips softmax in the place of the attention function that the config names, if anything does.
+
+        transformers' own don't clip, so `clipped_attention` stands in for sdpa and eager; ours are told how.
+        Raises `ValueError` for an implementation that can't clip.
+        """
+        if self.gamma is None:
+            return attention
+        name = self.config._attn_implementation
+        if name in ("eager", "sdpa"):
+            attention = clipped_attention
+        elif not name.startswith("reattend"):
+            raise ValueError(f"clipped softmax runs with attn_implementation 'eager' or 'sdpa', not {name!r}")
+        return functools.partial(attention, gamma=self.gamma, zeta=self.zeta)
+
+    def row_options(self, row):
+        """Return what leaves a leader's scores for its followers: attention `reattend` alone takes it."""
+        return {"shared_row": row} if row is not None and self.config._attn_implementation == "reattend" else {}
 
     def gated(self, hidden_BSE, found_BSHV):
         """Apply the gate, if there is one."""

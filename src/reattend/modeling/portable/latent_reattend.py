@@ -11,9 +11,10 @@ without RoPE), E hidden size, L latent rank, R rotary numbers (first all real, t
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward, rotate_half
 
-from .attention_reattend import OptionalParts, attend
+from .attention_reattend import OptionalParts
 
 
 class ReattendLatentAttention(OptionalParts):
@@ -96,12 +97,12 @@ class ReattendLatentAttention(OptionalParts):
         if cache is not None:
             latent, rope = cache.update(latent, rope, self.layer_idx, kwargs=kwargs)
         key, value = self.expand(latent, rope)
-        options = {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
-        if self.sliding_window is not None:
-            options["sliding_window"] = self.sliding_window
-        found, weights = attend(
-            self, query, key, value, attention_mask, eager=eager_attention_forward,
-            **self.clipping, **options, **kwargs,
+        options = {} if self.sliding_window is None else {"sliding_window": self.sliding_window}
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attention = self.clipped(attention)
+        found, weights = attention(
+            self, query, key, value, attention_mask, scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0, **options, **kwargs,
         )  # fmt: skip
         return self.output(hidden_states, found), weights
 

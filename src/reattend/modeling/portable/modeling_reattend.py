@@ -9,6 +9,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
@@ -22,7 +23,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_reattend import OptionalParts, attend, init_optional_parts
+from .attention_reattend import OptionalParts, init_optional_parts
 from .configuration_reattend import ReattendConfig
 from .dictionary_reattend import ReattendDictionary, init_dictionary_parts, projection
 from .latent_reattend import ReattendLatentAttention, init_latent_parts
@@ -64,12 +65,14 @@ class ReattendAttention(OptionalParts):
         row: dict | None = {} if self.leads else None
         if self.leads:
             shared_attention[self.layer_idx] = query, key, row
-        options = {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
+        options = self.row_options(row)
         if self.sliding_window is not None:
             options["sliding_window"] = self.sliding_window
-        found, weights = attend(
-            self, query, key, value, attention_mask, eager=eager_attention_forward, row=row,
-            **self.clipping, **options, **kwargs,
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attention = self.clipped(attention)
+        found, weights = attention(
+            self, query, key, value, attention_mask, scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0, **options, **kwargs,
         )  # fmt: skip
         found = self.gated(hidden_states, found.view(shape))
         return self.o_proj(found.flatten(-2)), weights

@@ -1,5 +1,6 @@
 """BERT with optional parts, named by the config. Copied into checkpoints: needs transformers only."""
 
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import (
     BertForMaskedLM,
     BertLayer,
@@ -9,7 +10,7 @@ from transformers.models.bert.modeling_bert import (
     eager_attention_forward,
 )
 
-from .attention_reattend import OptionalParts, attend, init_optional_parts
+from .attention_reattend import OptionalParts, init_optional_parts
 from .configuration_reattend import ReattendBertConfig
 
 
@@ -26,9 +27,11 @@ class ReattendBertSelfAttention(OptionalParts, BertSelfAttention):
         query, key, value = (
             proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.query, self.key, self.value)
         )
-        found, weights = attend(
-            self, query, key, value, attention_mask, eager=eager_attention_forward, scaling=self.scaling,
-            dropout=self.dropout.p if self.training else 0.0, **self.clipping, **kwargs,
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attention = self.clipped(attention)
+        found, weights = attention(
+            self, query, key, value, attention_mask, scaling=self.scaling,
+            dropout=self.dropout.p if self.training else 0.0, **kwargs,
         )  # fmt: skip
         return self.gated(hidden_states, found.reshape(shape)).flatten(-2), weights
 

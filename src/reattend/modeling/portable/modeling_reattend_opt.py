@@ -1,5 +1,6 @@
 """OPT with optional parts, named by the config. Copied into checkpoints: needs transformers only."""
 
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.opt.modeling_opt import (
     OPTAttention,
     OPTDecoder,
@@ -10,7 +11,7 @@ from transformers.models.opt.modeling_opt import (
     eager_attention_forward,
 )
 
-from .attention_reattend import OptionalParts, attend, init_optional_parts
+from .attention_reattend import OptionalParts, init_optional_parts
 from .configuration_reattend import ReattendOPTConfig
 
 
@@ -29,10 +30,18 @@ class ReattendOPTAttention(OptionalParts, OPTAttention):
         key, value = (proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        found, weights = attend(
-            self, query, key, value, attention_mask, eager=eager_attention_forward, scaling=1.0,
-            dropout=self.dropout if self.training else 0.0, **self.clipping, **kwargs,
-        )  # fmt: skip
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attention = self.clipped(attention)
+        found, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=1.0,
+            dropout=self.dropout if self.training else 0.0,
+            **kwargs,
+        )
         found = self.gated(hidden_states, found.reshape(shape))
         return self.out_proj(found.flatten(-2)), weights
 

@@ -8,9 +8,10 @@ Legend: B batch, S queries, T keys, H query heads, G key heads, D head dim, E hi
 """
 
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .attention_reattend import OptionalParts, attend
+from .attention_reattend import OptionalParts
 
 
 class ReattendFollower(OptionalParts):
@@ -41,12 +42,14 @@ class ReattendFollower(OptionalParts):
         query, key, row = shared_attention[self.leader]
         if cache is not None:
             value = cached_alone(cache, value, self.layer_idx, kwargs)
-        options = {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
+        options = self.row_options(row)
         if self.sliding_window is not None:
             options["sliding_window"] = self.sliding_window
-        found, weights = attend(
-            self, query, key, value, attention_mask, eager=eager_attention_forward, row=row,
-            **self.clipping, **options, **kwargs,
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attention = self.clipped(attention)
+        found, weights = attention(
+            self, query, key, value, attention_mask, scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0, **options, **kwargs,
         )  # fmt: skip
         found = self.gated(hidden_states, found.view(shape))
         return self.o_proj(found.flatten(-2)), weights
