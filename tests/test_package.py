@@ -83,7 +83,8 @@ ALLOWED = {
         "texts",
     },
     "hub": {"checkpoint", "errors", "processes", "progress", "reporting"},
-    "cli": {"demo", "errors", "modeling", "pipeline", "processes", "progress", "recipes", "reporting"},
+    "serving": {"families"},
+    "cli": {"demo", "errors", "evaluation", "modeling", "pipeline", "processes", "progress", "recipes", "reporting"},
 }
 
 

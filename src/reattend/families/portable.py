@@ -8,7 +8,7 @@ from typing import Any
 from reattend.errors import Refusal
 
 FORMAT = 1  # that of `configuration_reattend`, which has to stand alone
-_PACKAGE = "reattend.modeling.portable"
+PACKAGE = "reattend.modeling.portable"
 _SHARED = ("configuration_reattend.py", "attention_reattend.py")
 
 
@@ -38,7 +38,7 @@ class PortableClasses:
     def code(self) -> Iterator[tuple[str, bytes]]:
         """Yield (file name, content) of the code."""
         for name in (*_SHARED, *self.beside, f"{self.module}.py"):
-            yield name, files(_PACKAGE).joinpath(name).read_bytes()
+            yield name, files(PACKAGE).joinpath(name).read_bytes()
 
 
 PORTABLE = {
