@@ -206,7 +206,7 @@ def _serving(card: _Card) -> Iterator[str]:
     served = [
         f"{command} {_title(card)}{flag}"
         for engine, command in _SERVE.items()
-        if not engines.get(engine, "no").startswith("no")
+        if not engines.get(engine, "no").startswith(("no", "?"))
     ]
     if served:
         yield code(served)
