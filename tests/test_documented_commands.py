@@ -42,6 +42,15 @@ doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list: [{metric: bits_per_byte}]
 """
+STOCK = """
+import json, sys
+sys.modules["reattend"] = None  # its import fails
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+print(json.dumps(model(**tokenizer("The river rises in the hills", return_tensors="pt")).logits[0, -1].tolist()))
+"""
 
 
 def commands(start):
@@ -121,20 +130,50 @@ def test_it_runs(line, world, outputs, capsys, monkeypatch):
         assert (Path("OUT2") if "OUT2" in words else Path("OUT")).joinpath("reattend.json").is_file()
 
 
-def test_pushes_run(world, outputs, tmp_path):
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub on this machine, empty, and the environment of who pushes to it."""
     (tmp_path / "store").mkdir()
-    shutil.copytree(outputs / "int8", "OUT")
-    with writable(tmp_path / "store") as hub:
+    with writable(tmp_path / "store") as server:
         own = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}
-        lines = [line for line in commands("reattend") if " push " in line]
-        assert len(lines) >= 2
-        for line in lines:
-            done = subprocess.run(
-                [REATTEND, *shlex.split(line)[1:]], capture_output=True, text=True, check=False, timeout=60,
-                env=os.environ | own | {"HF_ENDPOINT": hub.url},
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-        assert {"model.safetensors", "README.md"} < set(hub.contents("org/name"))
+        yield server, os.environ | own | {"HF_ENDPOINT": server.url}
+
+
+def printed_by(command, env):
+    """What a command prints that must succeed, run as a newcomer would, in a process of its own."""
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_pushes_run(world, outputs, hub):
+    server, env = hub
+    shutil.copytree(outputs / "int8", "OUT")
+    lines = [line for line in commands("reattend") if " push " in line]
+    assert len(lines) >= 2
+    for line in lines:
+        printed_by([REATTEND, *shlex.split(line)[1:]], env)
+    assert {"model.safetensors", "README.md"} < set(server.contents("org/name"))
+
+
+def test_the_readme_leads_from_a_model_to_the_hub_and_back(world, hub):
+    _, env = hub
+    path = {}  # the first of the README's lines for each verb
+    for line in re.findall(r"^    (reattend \w+ .+?)\s*(?:#.*)?$", PAGES[0].read_text("utf-8"), re.M):
+        path.setdefault(line.split()[1], line)
+    for verb in ("plan", "apply", "verify", "eval", "report", "push"):
+        printed = printed_by(
+            [REATTEND, *smaller(path[verb]), *(["--json"] if verb in ("eval", "verify") else [])], env
+        )
+        if verb == "eval":
+            measured = json.loads(printed)
+    assert json.loads(Path("OUT/report.json").read_text())["evaluation"]["perplexity"] == measured["perplexity"]
+    here = json.loads(printed_by([sys.executable, "-P", "-c", STOCK, "OUT"], env))
+    there = json.loads(printed_by([sys.executable, "-P", "-c", STOCK, "org/name"], env))
+    before = json.loads(printed_by([sys.executable, "-P", "-c", STOCK, "MODEL"], env))
+    assert there == here != before
+    error = sum((a - b) ** 2 for a, b in zip(here, before, strict=True)) / sum(b * b for b in before)
+    assert error < 0.01  # relative square error: int8 on the bundled model
 
 
 @pytest.mark.parametrize("line", commands("torchrun"))

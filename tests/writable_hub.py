@@ -167,11 +167,14 @@ class _Handler(BaseHTTPRequestHandler):
         _, commit = self.repository(name, revision)
         return commit and self.answer(200, {"id": name, "sha": commit, "siblings": []})
 
-    def tree(self, name, revision):
+    def tree(self, name, revision, folder=None):
         found, commit = self.repository(name, revision)
         if not commit:
             return None
-        entries = [dict(entry) for entry in found.commits[commit].values()]
+        start = f"{folder}/" if folder else ""
+        entries = [dict(entry) for path, entry in found.commits[commit].items() if path.startswith(start)]
+        if folder and not entries:
+            return self.answer(404, {}, {"X-Error-Code": "EntryNotFound"})
         for entry in entries:
             if entry["path"] in self.server.corrupt:
                 entry |= {"oid": "0" * 40} | ({"lfs": entry["lfs"] | {"oid": "0" * 64}} if "lfs" in entry else {})
@@ -308,7 +311,7 @@ _ROUTES = (
     ("POST", "/api/validate-yaml", _Handler.validate),
     ("GET", f"/api/models/{_NAME}", _Handler.info),
     ("GET", f"/api/models/{_NAME}/revision/(.+)", _Handler.info),
-    ("GET", f"/api/models/{_NAME}/tree/(.+)", _Handler.tree),
+    ("GET", rf"/api/models/{_NAME}/tree/(refs/pr/\d+|[^/]+)(?:/(.+))?", _Handler.tree),
     ("GET", f"/api/models/{_NAME}/discussions", _Handler.discussions),
     ("POST", f"/api/models/{_NAME}/branch/(.+)", _Handler.branch),
     ("POST", f"/api/models/{_NAME}/preupload/(.+)", _Handler.preupload),
