@@ -16,3 +16,6 @@ TRANSFORMS = {
 
 # Steps that several processes take together, each with a whole model of its own or a part of one.
 COLLECTIVE = ("heal",)
+
+# Steps that take layers of any shape, so that a plan can promise them after a step whose calibration decides shapes.
+ANY_SHAPES = ("heal", "int8", "int8_layout")

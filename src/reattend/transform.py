@@ -87,7 +87,7 @@ class Transform(Protocol):
 
     @property
     def undecided(self) -> bool:
-        """Whether calibration decides what is written: then only `settled` knows it, and it must be the last step."""
+        """Whether calibration decides what is written: then only `settled` knows it."""
 
     def settled(self, findings: Mapping[str, Any]) -> "Transform":
         """Return the step with what calibration decided, from its `findings`; itself if nothing was open."""

@@ -7,10 +7,15 @@ from safetensors.torch import load_file
 
 import reattend
 from reattend import demo
+from reattend.convert.attention_drop.transform import AttentionDrop
+from reattend.convert.attention_sharing.transform import AttentionSharing
+from reattend.convert.dictionary.transform import Dictionary
 from reattend.convert.gates.transform import Gates
 from reattend.convert.mla.transform import Mla
 from reattend.convert.portable.transform import Portable
+from reattend.errors import Refusal
 from reattend.families.attention_kinds import KEY
+from reattend.healing.step import Heal
 from reattend.pipeline import execution, streaming
 from reattend.quantize.attention.transform import Int8Attention
 from reattend.quantize.int8.layout import Int8Layout
@@ -29,9 +34,28 @@ PAIRS = {
 }
 
 
-def run(steps, source, out):
+# Steps whose calibration decides shapes, and what may follow them.
+OPEN = {
+    "sharing": AttentionSharing(followers=1, refit_steps=1),
+    "drop": AttentionDrop(count=1),
+    "dictionary": Dictionary(export="factors", solver="pca"),
+    "mla": Mla(latent_rank="auto", cache_budget=0.7, rope_dim=8, target="portable", refit=False),
+    "int8": Int8(keep="auto", keep_budget=0.001),
+}
+HEAL = Heal(steps=1, batch=1)
+FOLLOWING = {
+    "sharing, heal, int8": ("sharing", HEAL, Int8()),
+    "sharing, int8": ("sharing", Int8()),
+    "drop, heal": ("drop", HEAL),
+    "dictionary, heal, int8": ("dictionary", HEAL, Int8()),
+    "mla, int8": ("mla", Int8()),
+    "int8, int8_layout": ("int8", Int8Layout(format="bitsandbytes")),
+}
+
+
+def run(steps, source, out, **options):
     texts = {"calibration": str(demo.SELECT_TEXT), "selection": str(demo.EVAL_TEXT)}
-    reattend.apply(Recipe(steps=steps, windows=2, selection_windows=1, window=64, **texts), source, out)
+    reattend.apply(Recipe(steps=steps, windows=2, selection_windows=1, window=64, **texts), source, out, **options)
     return out
 
 
@@ -47,6 +71,52 @@ def test_a_recipe_of_two_steps_is_two_runs(steps, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
     assert reattend.verify(together, against=demo.MODEL)["problems"] == []
+
+
+@pytest.mark.parametrize("names", FOLLOWING.values(), ids=FOLLOWING)
+def test_steps_after_one_that_calibration_decides_are_runs_of_their_own(names, tmp_path):
+    """The plan is made before shapes are known, and made again when they are: the bytes of separate runs."""
+    steps = tuple(OPEN.get(step, step) if isinstance(step, str) else step for step in names)
+    together = run(steps, demo.MODEL, tmp_path / "together")
+    folder = demo.MODEL
+    for number, step in enumerate(steps):
+        own = step.model_copy(update={"teacher": str(demo.MODEL)}) if step.step == "heal" else step
+        folder = run((own,), folder, tmp_path / f"apart-{number}")
+    for file in ("model.safetensors", "config.json"):
+        assert (together / file).read_bytes() == (folder / file).read_bytes()
+    assert reattend.verify(together, against=demo.MODEL)["problems"] == []
+
+
+@pytest.mark.parametrize("killed", [1, 2])
+def test_what_was_decided_is_decided_still_after_an_interruption(killed, tmp_path, monkeypatch):
+    steps = (OPEN["sharing"], HEAL, Int8())
+    whole = run(steps, demo.MODEL, tmp_path / "whole")
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == killed:
+            raise KeyboardInterrupt
+        return streaming.stream(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(execution, "stream", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(steps, demo.MODEL, tmp_path / "out")
+    run(steps, demo.MODEL, tmp_path / "out", resume=True)
+    for file in ("model.safetensors", "config.json", "reattend.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("later", "what"),
+    [(Int8Attention(), "int8_attention"), (Gates(kind="linear"), "gates"), (Int8(outliers="smooth"), "int8 with")],
+    ids=str,
+)
+def test_what_the_plan_can_not_promise_after_an_open_step_is_refused_by_it(later, what):
+    for step in (OPEN["sharing"], OPEN["drop"], OPEN["dictionary"]):
+        with pytest.raises(Refusal, match=rf"steps\[2\]: {what}.* can't follow steps\[0\].*run of its own"):
+            reattend.plan(Recipe(steps=(step, HEAL, later), window=64), demo.MODEL)
 
 
 def test_steps_without_calibration_join_the_pass_before(tmp_path, monkeypatch):

@@ -266,7 +266,7 @@ def test_settings_that_do_nothing_or_come_too_early(models):
         ):
             parse_step({"step": "int8", "keep": wrong}, "r")
     two = Recipe(steps=(Int8(keep="auto"), Int8()), **TEXTS)
-    with pytest.raises(Refusal, match=r"steps\[0\].*last step"):
+    with pytest.raises(Refusal, match=r"steps\[1\]: .*quantised already"):
         plan(two, demo.MODEL)
     with pytest.raises(Refusal, match="sensitivity: expects"):
         reattend.sensitivity(recipe(), demo.MODEL)

@@ -90,7 +90,7 @@ def apply(
         processes.join(device)
         _run_or_clear(run, staging)
     processes.agree(None)
-    return settle(planned, read_findings(target)[-1])
+    return settle(planned, read_findings(target))
 
 
 def _base(files: LocalFolder | HubRepository, planned: Plan) -> dict[str, str] | None:
@@ -174,19 +174,18 @@ def _run_pass(run: _Run, steps: Pass, folder: Path, staging: Staging) -> None:
     first = steps.stages[0].step is run.plan.stages[0].step
     checkpoint = run.plan.checkpoint if first else open_checkpoint(folder)
     source = steps.source if first else source_of(checkpoint)
+    found = [] if first else read_findings(folder)  # one for each step before
     calibrated = replace(steps.stages[0], source=source)
     statistics = run.calibration.statistics(calibrated, folder, staging)
-    if calibrated.transform.undecided:
-        (steps,) = passes_of(settle(run.plan, calibrated.transform.findings(statistics)).stages[-1:])
-    steps = steps.bound(source, statistics)
+    settled = settle(run.plan, [*found, calibrated.transform.findings(statistics)])
+    steps = passes_of(settled.stages[len(found) :])[0].bound(source, statistics)
     stream(steps, checkpoint, statistics, staging, run.progress)
     for file in checkpoint.sidecars:
         staging.copy_file(Path(checkpoint.files.name) / file, file)
     for file, content in steps.side_files(statistics):
         staging.add_file(file, content)
-    findings = ([] if first else read_findings(folder)) + steps.findings(statistics)
     staging.add_file(RECIPE, dump_recipe(run.plan.recipe).encode())
-    told = {"engines": steps.stages[-1].engines, "findings": findings}
+    told = {"engines": steps.stages[-1].engines, "findings": found + steps.findings(statistics)}
     staging.add_file(MANIFEST, _json(run.manifest | told))
     _declare(steps, steps.config(statistics), staging)
 

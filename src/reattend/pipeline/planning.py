@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from reattend.pipeline.memory import PROCESS_BYTES, calibration_bytes
 from reattend.pipeline.passes import Pass, passes_of
 from reattend.pipeline.stage import Stage
 from reattend.recipes.schema import Recipe, load_recipe
-from reattend.recipes.table import COLLECTIVE
+from reattend.recipes.table import ANY_SHAPES, COLLECTIVE
 from reattend.transform import Group, Transform
 
 
@@ -84,10 +84,20 @@ class Plan:
     def disk_bytes(self) -> int:
         """Bytes of the output, sidecars included, of a step's statistics and of the model between two passes."""
         sidecars = sum(self.checkpoint.sizes[f] for f in self.checkpoint.sidecars)
-        lasts = [one.stages[-1] for one in self.passes]
-        sizes = [s.most_bytes + sum(map(len, s.layout.headers.values())) + sidecars for s in lasts]
+        layouts = [one.layout for one in self.passes]
+        sizes = [
+            max(layout.nbytes, open_) + sum(map(len, layout.headers.values())) + sidecars
+            for layout, open_ in zip(layouts, self._open_bytes(), strict=True)
+        ]
         kept = [one.stages[0].transform.statistics_bytes(one.source) for one in self.passes]
         return max(sum(bytes_) for bytes_ in zip(sizes, [0, *sizes], kept, strict=False))
+
+    def _open_bytes(self) -> Iterator[int]:
+        """Yield, by pass, what its steps and those before write at most, as far as calibration is to decide it."""
+        most = 0
+        for one in self.passes:
+            most = max([most, *(stage.most_bytes for stage in one.stages if stage.transform.undecided)])
+            yield most
 
     def summary(self) -> dict[str, Any]:
         """Return the plan as plain data, sizes in bytes."""
@@ -141,22 +151,44 @@ def plan(recipe: str | os.PathLike[str] | Recipe, model: str | os.PathLike[str])
     source = source_of(checkpoint)
     check_outliers(checkpoint, source)
     check_kinds(checkpoint.files.name, source)
-    places = _places(checkpoint)
-    stages: list[Stage] = []
-    for number, step in enumerate(loaded.steps):
-        if number:
-            source, places = stages[-1].result, stages[-1].layout.places
-        try:
-            stages.append(_stage(step, source, places, checkpoint.metadata, loaded.max_shard_bytes))
-        except Refusal as refusal:
-            if len(loaded.steps) == 1:
-                raise
-            raise Refusal(f"steps[{number}]: {refusal}") from refusal
-        if stages[-1].transform.undecided and number + 1 < len(loaded.steps):
-            raise Refusal(f"steps[{number}]: calibration decides what it writes, so it must be the last step")
-    planned = Plan(checkpoint, loaded, tuple(stages), _stage_remarks(stages))
+    _check_open(loaded)
+    first = Plan(checkpoint, loaded, (), ())
+    stages = _bound(first, source, loaded.steps, ())
+    planned = replace(first, stages=stages, remarks=_stage_remarks(stages))
     _check_window(planned)
     return replace(planned, remarks=(*planned.remarks, *_remarks(planned)))
+
+
+def _check_open(recipe: Recipe) -> None:
+    """Refuse what may turn out impossible once a step's calibration has decided what it writes, hours later."""
+    open_: int | None = None
+    for number, step in enumerate(recipe.steps):
+        transform: Transform = step  # type: ignore[assignment]
+        name = step.step  # type: ignore[attr-defined]
+        if open_ is not None and (name not in ANY_SHAPES or (transform.texts and name not in COLLECTIVE)):
+            how = "with calibration " if name in ANY_SHAPES else ""
+            raise Refusal(
+                f"steps[{number}]: {name} {how}can't follow steps[{open_}], whose calibration decides its output; "
+                "put it before, or apply it to this recipe's output in a run of its own"
+            )
+        open_ = number if transform.undecided else open_
+
+
+def _bound(planned: Plan, source: Source, steps: Sequence[BaseModel], before: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Return the stages `before`, and `steps` bound to what each reads: the first of all to `source`."""
+    stages = list(before)
+    for number, step in enumerate(steps, len(before)):
+        if stages:
+            source, places = stages[-1].result, stages[-1].layout.places
+        else:
+            places = _places(planned.checkpoint)
+        try:
+            stages.append(_stage(step, source, places, planned.checkpoint.metadata, planned.recipe.max_shard_bytes))
+        except Refusal as refusal:
+            if len(planned.recipe.steps) == 1:
+                raise
+            raise Refusal(f"steps[{number}]: {refusal}") from refusal
+    return tuple(stages)
 
 
 def _check_window(planned: Plan) -> None:
@@ -182,16 +214,17 @@ def _remarks(planned: Plan) -> Iterator[str]:
             yield f"the {purpose} text is not used: no step needs it"
 
 
-def settle(planned: Plan, findings: Mapping[str, Any]) -> Plan:
-    """Return the plan with what the calibration of its last step decided; itself if nothing was open."""
-    *earlier, last = planned.stages
-    if not last.transform.undecided:
+def settle(planned: Plan, findings: Sequence[Mapping[str, Any]]) -> Plan:
+    """Return the plan with what calibration decided, given the findings of its first steps; itself if nothing was."""
+    decided = zip(planned.stages, findings, strict=False)
+    number = next((n for n, (stage, _) in enumerate(decided) if stage.transform.undecided), None)
+    if number is None:
         return planned
-    checkpoint, step = planned.checkpoint, last.transform.settled(findings)
-    places = earlier[-1].layout.places if earlier else _places(checkpoint)
-    stage = _stage(step, last.source, places, checkpoint.metadata, planned.recipe.max_shard_bytes)  # type: ignore[arg-type]
+    last, *later = planned.stages[number:]
+    step: BaseModel = last.transform.settled(findings[number])  # type: ignore[assignment]
+    stages = _bound(planned, last.source, [step, *(stage.step for stage in later)], planned.stages[:number])
     general = planned.remarks[sum(len(stage.remarks) for stage in planned.stages) :]
-    return replace(planned, stages=(*earlier, stage), remarks=(*_stage_remarks((*earlier, stage)), *general))
+    return replace(planned, stages=stages, remarks=(*_stage_remarks(stages), *general))
 
 
 def _places(checkpoint: Checkpoint) -> dict[str, tuple[str, int]]:

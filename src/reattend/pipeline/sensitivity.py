@@ -44,7 +44,7 @@ def sensitivity(
     findings = _measure(planned, calibration)
     report = {"model": str(model), "remarks": list(planned.remarks), "bytes_before": planned.checkpoint.nbytes}
     if "refused" not in findings:
-        report["bytes_after"] = settle(planned, findings).layout.nbytes
+        report["bytes_after"] = settle(planned, [findings]).layout.nbytes
     return report | findings
 
 
