@@ -24,6 +24,7 @@ from reattend.pipeline.planning import Plan, plan, settle
 from reattend.pipeline.streaming import stream
 from reattend.progress import Progress, silent
 from reattend.recipes.schema import Recipe, dump_recipe
+from reattend.transform import Statistics
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,7 @@ def _run_pass(run: _Run, steps: Pass, folder: Path, staging: Staging) -> None:
     found = [] if first else read_findings(folder)  # one for each step before
     calibrated = replace(steps.stages[0], source=source)
     statistics = run.calibration.statistics(calibrated, folder, staging)
-    settled = settle(run.plan, [*found, calibrated.transform.findings(statistics)])
-    steps = passes_of(settled.stages[len(found) :])[0].bound(source, statistics)
+    steps = _decided(run.plan, steps, found, statistics).bound(source, statistics)
     stream(steps, checkpoint, statistics, staging, run.progress)
     for file in checkpoint.sidecars:
         staging.copy_file(Path(checkpoint.files.name) / file, file)
@@ -188,6 +188,14 @@ def _run_pass(run: _Run, steps: Pass, folder: Path, staging: Staging) -> None:
     told = {"engines": steps.stages[-1].engines, "findings": found + steps.findings(statistics)}
     staging.add_file(MANIFEST, _json(run.manifest | told))
     _declare(steps, steps.config(statistics), staging)
+
+
+def _decided(planned: Plan, steps: Pass, found: list[dict[str, Any]], statistics: Statistics) -> Pass:
+    """Return the pass as its own calibration, or that of a step before, decided it: `found` is what those found."""
+    first = steps.stages[0].transform
+    own = [first.findings(statistics)] if first.undecided else []
+    settled = settle(planned, [*found, *own])
+    return steps if settled is planned else passes_of(settled.stages[len(found) :])[0]
 
 
 def _declare(steps: Pass, config: dict[str, Any], staging: Staging) -> None:

@@ -152,9 +152,8 @@ def plan(recipe: str | os.PathLike[str] | Recipe, model: str | os.PathLike[str])
     check_outliers(checkpoint, source)
     check_kinds(checkpoint.files.name, source)
     _check_open(loaded)
-    first = Plan(checkpoint, loaded, (), ())
-    stages = _bound(first, source, loaded.steps, ())
-    planned = replace(first, stages=stages, remarks=_stage_remarks(stages))
+    stages = _bound(checkpoint, loaded, source, loaded.steps)
+    planned = Plan(checkpoint, loaded, stages, _stage_remarks(stages))
     _check_window(planned)
     return replace(planned, remarks=(*planned.remarks, *_remarks(planned)))
 
@@ -174,20 +173,20 @@ def _check_open(recipe: Recipe) -> None:
         open_ = number if transform.undecided else open_
 
 
-def _bound(planned: Plan, source: Source, steps: Sequence[BaseModel], before: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """Return the stages `before`, and `steps` bound to what each reads: the first of all to `source`."""
+def _bound(
+    checkpoint: Checkpoint, recipe: Recipe, source: Source, steps: Sequence[BaseModel], before: tuple[Stage, ...] = ()
+) -> tuple[Stage, ...]:
+    """Return the stages `before`, and `steps` after them, each bound to what it reads: the first one to `source`."""
     stages = list(before)
+    places = before[-1].layout.places if before else _places(checkpoint)
     for number, step in enumerate(steps, len(before)):
-        if stages:
-            source, places = stages[-1].result, stages[-1].layout.places
-        else:
-            places = _places(planned.checkpoint)
         try:
-            stages.append(_stage(step, source, places, planned.checkpoint.metadata, planned.recipe.max_shard_bytes))
+            stages.append(_stage(step, source, places, checkpoint.metadata, recipe.max_shard_bytes))
         except Refusal as refusal:
-            if len(planned.recipe.steps) == 1:
+            if len(recipe.steps) == 1:
                 raise
             raise Refusal(f"steps[{number}]: {refusal}") from refusal
+        source, places = stages[-1].result, stages[-1].layout.places
     return tuple(stages)
 
 
@@ -222,7 +221,8 @@ def settle(planned: Plan, findings: Sequence[Mapping[str, Any]]) -> Plan:
         return planned
     last, *later = planned.stages[number:]
     step: BaseModel = last.transform.settled(findings[number])  # type: ignore[assignment]
-    stages = _bound(planned, last.source, [step, *(stage.step for stage in later)], planned.stages[:number])
+    steps = [step, *(stage.step for stage in later)]
+    stages = _bound(planned.checkpoint, planned.recipe, last.source, steps, planned.stages[:number])
     general = planned.remarks[sum(len(stage.remarks) for stage in planned.stages) :]
     return replace(planned, stages=stages, remarks=(*_stage_remarks(stages), *general))
 
