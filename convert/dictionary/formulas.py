@@ -102,14 +102,3 @@ def fit_atoms(weight_LMN: Tensor, second_LNN: Tensor, atoms_SMN: Tensor, coeffic
         eye = torch.eye(len(weighed), dtype=weighed.dtype)
         atoms[s] += torch.linalg.solve(weighed + ridge * eye, missing, left=False)
     return atoms
-
-
-def alternate(weight_LMN: Tensor, second_LNN: Tensor, atoms: int, sweeps: int) -> tuple[Tensor, Tensor, list[float]]:
-    """Return atoms, coefficients and the objective after each sweep, which never rises; it begins at matrix PCA."""
-    atoms_SMN, coefficient_LS, _ = matrix_pca(weight_LMN, atoms)
-    found = [objective(weight_LMN, second_LNN, atoms_SMN, coefficient_LS)]
-    for _ in range(sweeps):
-        coefficient_LS = fit_coefficients(weight_LMN, second_LNN, atoms_SMN)
-        atoms_SMN = fit_atoms(weight_LMN, second_LNN, atoms_SMN, coefficient_LS)
-        found.append(objective(weight_LMN, second_LNN, atoms_SMN, coefficient_LS))
-    return atoms_SMN, coefficient_LS, found

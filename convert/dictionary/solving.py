@@ -6,7 +6,7 @@ W_l = up_l down. `pca` and `als` take atoms first, W_l = sum_s c_ls D_s, and fac
 Legend: L layers of a block, M outputs, N inputs, S atoms, R rank.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from reattend.convert.dictionary.allocation import Curve
-from reattend.convert.dictionary.formulas import alternate, low_rank, matrix_pca, root, shared_energy, tail
+from reattend.convert.dictionary.alternating import Alternating, alternated
+from reattend.convert.dictionary.formulas import low_rank, matrix_pca, root, shared_energy, tail
 
 Solver = Literal["svd", "basis", "pca", "als"]
-_SWEEPS = 12  # of als: the objective falls by less than a percent after
+_LEAST = 1e-6  # of the largest weight: what a layer without effect still counts
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Block:
-    """A projection of a block's layers, fp64: weights (L, M, N) and second moments (L, N, N)."""
+    """A projection of a block's layers, fp64: weights (L, M, N) and second moments of inputs (L, N, N)."""
 
     projection: str
     layers: tuple[int, ...]
@@ -49,16 +50,41 @@ class Block:
         else:
             yield from (Unit(self.projection, (layer,)) for layer in self.layers)
 
-    def atoms(self, solver: Solver, count: int) -> dict[str, Tensor]:
-        """Return `atoms` (S, M, N), `coefficients` (L, S) and `energy` (2,), as `shared_energy`; nothing without."""
+    def kept(self, ranks: Mapping[str, int | None]) -> float:
+        """Return the share of the numbers that matrices factored one by one keep at these ranks, None for whole."""
+        rows, columns = self.weight_LMN.shape[1:]
+        whole = rows * columns
+        spent = 0
+        for layer in self.layers:
+            rank = ranks[Unit(self.projection, (layer,)).name]
+            spent += whole if rank is None else rank * (rows + columns)
+        return spent / (whole * len(self.layers))
+
+    def rank(self, kept: float) -> int:
+        """Return the rank, at least 1, whose factors take this share of a matrix's numbers."""
+        rows, columns = self.weight_LMN.shape[1:]
+        return max(1, int(kept * rows * columns / (rows + columns)))
+
+    def atoms(self, solver: Solver, count: int, rank: int, weights: Sequence[float]) -> dict[str, Tensor]:
+        """Return `atoms` (S, M, N), `coefficients` (L, S) and `energy` (2,), as `shared_energy`; nothing without.
+
+        `als` expects factors of `rank`, and counts each layer's square error `weights` times.
+        """
         if solver not in ("pca", "als") or not count:
             return {}
         if solver == "pca":
             atoms, coefficients, _ = matrix_pca(self.weight_LMN, count)
         else:
-            atoms, coefficients, _ = alternate(self.weight_LMN, self.second_LNN, count, _SWEEPS)
+            atoms, coefficients = self._alternated(count, rank, weights)
         energy = torch.tensor(shared_energy(self.weight_LMN, count), dtype=torch.float64)
         return {"atoms": atoms, "coefficients": coefficients, "energy": energy}
+
+    def _alternated(self, count: int, rank: int, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        weigh_L = torch.tensor(weights, dtype=torch.float64)
+        weigh_L = (weigh_L / weigh_L.max().clamp_min(_LEAST)).clamp_min(_LEAST)
+        search = Alternating(self.weight_LMN, self.second_LNN * weigh_L[:, None, None])
+        found = alternated(search, count, [rank] * len(self.layers))
+        return found.atoms_SMN, found.coefficient_LS
 
     def rest(self, unit: Unit, shared: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return what is left to factor for a unit, stacked (L M, N), and the Cholesky factor of its inputs."""

@@ -14,12 +14,12 @@ from reattend.families.source import Source
 
 @dataclass(frozen=True)
 class StoredBlock:
-    """Names, shapes and tensors of a run of layers; `atoms` per projection, `ranks` as the step has them."""
+    """Names, shapes and tensors of a run of layers; `atoms` by projection, `ranks` as the step has them."""
 
     source: Source
     solver: Solver
     layers: tuple[int, ...]
-    atoms: int
+    atoms: Mapping[str, int]
     ranks: Mapping[str, Mapping[int, int | Literal["whole"]]]
 
     def rank(self, name: str, layer: int) -> int | None:
@@ -42,8 +42,8 @@ class StoredBlock:
             weight = self.source.tensors[f"{self._name(name, self.layers[0])}.weight"]
             rows, columns = weight.shape
             rank = self.rank(name, self.layers[0])
-            if self.atoms:
-                yield TensorSpec(self._owner(name), weight.dtype, (self.atoms, rows, columns))
+            if self.atoms[name]:
+                yield TensorSpec(self._owner(name), weight.dtype, (self.atoms[name], rows, columns))
             elif self._shares(name) and rank is not None:
                 yield TensorSpec(self._owner(name), weight.dtype, (rank, columns))
             for layer in self.layers:
@@ -58,8 +58,8 @@ class StoredBlock:
             yield TensorSpec(f"{own}.up.weight", weight.dtype, (weight.shape[0], rank))
             if not self._shares(name):
                 yield TensorSpec(f"{own}.down.weight", weight.dtype, (rank, weight.shape[1]))
-            if self.atoms:
-                yield TensorSpec(f"{own}.coefficients", weight.dtype, (self.atoms,))
+            if self.atoms[name]:
+                yield TensorSpec(f"{own}.coefficients", weight.dtype, (self.atoms[name],))
         if bias is not None:
             yield bias if rank is None else TensorSpec(f"{own}.up.bias", bias.dtype, bias.shape)
 

@@ -3,16 +3,15 @@
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from reattend.calibration.divided import any_missing, missing
 from reattend.checkpoint.tensors import TORCH_DTYPES
-from reattend.convert.dictionary.allocation import Curve, allocate
 from reattend.convert.dictionary.checks import check_source
-from reattend.convert.dictionary.moments import PROJECTIONS, gather_moments, second_of, sensitivities, weights_of
-from reattend.convert.dictionary.solving import Block, Solver
+from reattend.convert.dictionary.dividing import Budget, block_of, divide, findings_in, ranks_in, shared_in
+from reattend.convert.dictionary.moments import PROJECTIONS, gather_moments
+from reattend.convert.dictionary.solving import Solver
 from reattend.convert.dictionary.storing import StoredBlock
 from reattend.convert.portable.form import check_portable, code_files, portable_config
 from reattend.errors import DeadEndError, Refusal
@@ -20,8 +19,6 @@ from reattend.families.source import Source
 from reattend.transform import Group, Passes, Statistics
 
 _Number = Annotated[int, Field(strict=True)]
-_WHOLE = -1  # in the statistics: a matrix that stays as it is
-_NOTHING_SHARED = 0.02  # captured energy beyond what norms alone explain
 
 
 class Dictionary(BaseModel):
@@ -38,7 +35,11 @@ class Dictionary(BaseModel):
         None, description="layers per block, or the first layer of each; svd: 1, basis: 2, pca and als: 5"
     )
     atom_share: float = Field(
-        0.5, ge=0, le=1, strict=True, description="pca, als: share of the numbers kept that goes to atoms"
+        0.5,
+        ge=0,
+        le=1,
+        strict=True,
+        description="share of the numbers kept that atoms take: pca; als, where it has any",
     )
 
     export: Literal["dense", "factors"] = Field(
@@ -46,6 +47,10 @@ class Dictionary(BaseModel):
     )
     ranks: dict[str, dict[int, int | Literal["whole"]]] | None = Field(
         None, description="export: factors: the ranks that calibration divided, as `reattend.json` lists them"
+    )
+    atoms: dict[str, dict[int, _Number]] | None = Field(
+        None,
+        description="als, with ranks: how many atoms, by each block's first layer, as `reattend.json` lists them",
     )
 
     @property
@@ -64,19 +69,19 @@ class Dictionary(BaseModel):
         return self.export == "factors" and self.ranks is None
 
     def settled(self, findings: Mapping[str, Any]) -> "Dictionary":
-        """Return the step with the ranks that were found."""
+        """Return the step with the ranks, and for `als` the atoms, that were found."""
         if not self.undecided:
             return self
-        ranks = {name: {int(layer): rank for layer, rank in row.items()} for name, row in findings["ranks"].items()}
-        return self.model_copy(update={"ranks": ranks})
+        keys = ("ranks", "atoms") if self.solver == "als" else ("ranks",)
+        return self.model_copy(update={key: _by_layer(findings[key]) for key in keys})
 
     def check(self, source: Source) -> list[str]:
         """Refuse sources whose projections can't be factored, and blocks that don't fit."""
         check_source(source)
         blocks = self._blocks(source)
         attention = self._numbers(source)
-        kept, atoms = int((1 - self.reduction) * attention), self._shared_numbers(source)
-        if atoms > kept:
+        kept, atoms = int((1 - self.reduction) * attention), self._most_shared(source)
+        if self.solver == "pca" and atoms > kept:
             raise Refusal(f"dictionary: atom_share: atoms take {atoms} numbers of {kept}; lower it")
         if self.ranks is not None:
             self._check_ranks(source, self.ranks)
@@ -87,23 +92,31 @@ class Dictionary(BaseModel):
             held += "; sizes are those of the source: calibration decides which they are" if self.undecided else ""
         remarks = [f"attention weights are made from {kept} numbers, before {attention}; {held}"]
         if self.solver in ("pca", "als"):
-            count = sum(self._atoms(len(block)) for block in blocks)
-            remarks.append(f"{count} atoms per projection in {len(blocks)} blocks; {self.solver} needs layers alike")
+            count = sum(self._most_atoms(len(block)) for block in blocks)
+            least = "up to " if self.solver == "als" else ""
+            remarks.append(f"{least}{count} atoms per projection in {len(blocks)} blocks")
         return remarks
 
     def _check_ranks(self, source: Source, ranks: Mapping[str, Mapping[int, int | str]]) -> None:
         if self.export == "dense":
             raise Refusal("dictionary: ranks: do nothing with export: dense")
+        self._check_atoms(source)
         for block in self._blocks(source):
             for name in PROJECTIONS:
                 for layer in block[:1] if self.solver == "basis" and name != "o_proj" else block:
                     shape = source.tensors[f"{source.layer_prefix(layer)}self_attn.{name}.weight"].shape
                     rank = ranks.get(name, {}).get(layer)
-                    whole = rank == "whole" and not self._atoms(len(block))
+                    whole = rank == "whole" and not self._atoms(name, block)
                     if not whole and not (isinstance(rank, int) and 1 <= rank <= min(shape)):
                         raise Refusal(
                             f"dictionary: ranks: {name}: {layer}: {rank!r}, expected 1 to {min(shape)}, or whole"
                         )
+
+    def _check_atoms(self, source: Source) -> None:
+        sizes = {block[0]: len(block) for block in self._blocks(source)}
+        for name, row in (self.atoms or {}).items():
+            if name not in PROJECTIONS or any(not 0 <= count <= sizes.get(i, -1) for i, count in row.items()):
+                raise Refusal(f"dictionary: atoms: {name}: {row}, expected 0 to a block's layers by its first one")
 
     def _blocks(self, source: Source) -> list[tuple[int, ...]]:
         layers, given = source.num_layers, self.blocks
@@ -116,10 +129,16 @@ class Dictionary(BaseModel):
             raise Refusal(f"dictionary: blocks: {size}, expected 1 to {layers} layers")
         return [tuple(range(a, min(a + size, layers))) for a in range(0, layers, size)]
 
-    def _atoms(self, layers: int) -> int:
-        if self.solver not in ("pca", "als"):
-            return 0
-        return min(layers, round(layers * (1 - self.reduction) * self.atom_share))
+    def _most_atoms(self, layers: int) -> int:
+        """The atoms of a block of `pca`, and the most that `als` tries."""
+        kept = {"pca": 1 - self.reduction, "als": 1.0}.get(self.solver, 0.0)
+        return min(layers, round(layers * kept * self.atom_share))
+
+    def _atoms(self, name: str, block: tuple[int, ...]) -> int:
+        """How many a projection has that is stored as factors."""
+        if self.solver == "als":
+            return (self.atoms or {}).get(name, {}).get(block[0], 0)
+        return self._most_atoms(len(block))
 
     def _numbers(self, source: Source) -> int:
         return sum(
@@ -135,60 +154,34 @@ class Dictionary(BaseModel):
             for layer in passes("calibration"):
                 if missing(statistics, f"moments-{layer.index}"):
                     statistics[f"moments-{layer.index}"] = gather_moments(layer)
-        if any_missing(statistics, (f"sensitivity-{i}" for i in layers)) or "ranks" not in statistics:
-            self._measure(source, passes, statistics)
+        names = (f"sensitivity-{i}" for i in layers)
+        if any_missing(statistics, names) or "atoms" not in statistics:
+            try:
+                divide(self._budget(source), passes, statistics)
+            except ValueError as error:
+                raise DeadEndError(f"dictionary: reduction: {self.reduction} can't be reached: {error}") from error
 
-    def _measure(self, source: Source, passes: Passes, statistics: Statistics) -> None:
-        curves, blocks = dict[str, Curve](), self._blocks(source)
-        held: dict[int, dict[str, Tensor]] = {}
-        for layer in passes("selection"):
-            i = layer.index
-            if missing(statistics, f"sensitivity-{i}"):
-                statistics[f"sensitivity-{i}"] = sensitivities(layer, statistics[f"moments-{i}"])
-            held[i] = weights_of(layer)
-            block = next(block for block in blocks if i in block)
-            if i == block[-1]:
-                self._share(block, held, statistics, curves)
-                held.clear()
-        atoms = self._shared_numbers(source)
-        try:
-            ranks = allocate(curves, int((1 - self.reduction) * self._numbers(source)) - atoms)
-        except ValueError as error:
-            raise DeadEndError(f"dictionary: reduction: {self.reduction} can't be reached: {error}") from error
-        found = {name: torch.tensor(_WHOLE if rank is None else rank) for name, rank in ranks.items()}
-        statistics["ranks"] = found
+    def _budget(self, source: Source) -> Budget:
+        kept = 1 - self.reduction
+        numbers = int(kept * self._numbers(source))
+        return Budget(self.solver, tuple(self._blocks(source)), kept, numbers, self.atom_share)
 
-    def _shared_numbers(self, source: Source) -> int:
+    def _most_shared(self, source: Source) -> int:
+        """The most numbers that atoms and coefficients take."""
         total = 0
         for block in self._blocks(source):
-            atoms = self._atoms(len(block))
+            atoms = self._most_atoms(len(block))
             for name in PROJECTIONS:
                 size = source.tensors[f"{source.layer_prefix(block[0])}self_attn.{name}.weight"].numel
                 total += atoms * (size + len(block))
         return total
-
-    def _share(
-        self,
-        layers: tuple[int, ...],
-        held: Mapping[int, Mapping[str, Tensor]],
-        statistics: Statistics,
-        curves: dict[str, Curve],
-    ) -> None:
-        for name in PROJECTIONS:
-            block = _block(name, layers, held, statistics)
-            shared = block.atoms(self.solver, self._atoms(len(layers)))
-            if shared:
-                statistics[f"{name}-{layers[0]}"] = shared
-            for unit in block.units(self.solver):
-                weights = [float(statistics[f"sensitivity-{i}"][name]) for i in unit.layers]
-                curves[unit.name] = block.curve(unit, shared, sum(weights) / len(weights))
 
     def statistics_bytes(self, source: Source) -> int:
         """Moments in fp64, atoms, and small files."""
         hidden, output = source.size("hidden"), source.size("q")
         moments = 8 * (2 * hidden**2 + output**2) * source.num_layers
         moments += 1 << 17 if self.export == "factors" else 0  # the code
-        return moments + 8 * self._shared_numbers(source) + (1 << 14) * (source.num_layers + 1)
+        return moments + 8 * self._most_shared(source) + (1 << 14) * (source.num_layers + 1)
 
     def groups(self, source: Source) -> Iterator[Group]:
         """Yield each block's projections; to be factored, once ranks are known, with their biases."""
@@ -203,7 +196,8 @@ class Dictionary(BaseModel):
 
     def _stored(self, source: Source, block: tuple[int, ...]) -> StoredBlock:
         assert self.ranks is not None
-        return StoredBlock(source, self.solver, block, self._atoms(len(block)), self.ranks)
+        atoms = {name: self._atoms(name, block) for name in PROJECTIONS}
+        return StoredBlock(source, self.solver, block, atoms, self.ranks)
 
     def apply(
         self, group: Group, tensors: Mapping[str, Tensor], statistics: Statistics, source: Source
@@ -218,12 +212,12 @@ class Dictionary(BaseModel):
         }
         written: dict[str, Tensor] = {}
         for name in PROJECTIONS:
-            shared = statistics.get(f"{name}-{layers[0]}", {})
-            block = _block(name, layers, held, statistics)
+            shared = shared_in(statistics, f"{name}-{layers[0]}")
+            block = block_of(name, layers, held, statistics)
             if self.export == "factors":
                 written |= self._stored(source, layers).tensors(block, shared)
                 continue
-            for layer, weight in zip(layers, block.rebuilt(self.solver, shared, _ranks(statistics)), strict=True):
+            for layer, weight in zip(layers, block.rebuilt(self.solver, shared, ranks_in(statistics)), strict=True):
                 written[f"{source.layer_prefix(layer)}self_attn.{name}.weight"] = weight
         if self.export == "factors":
             written |= self._stored(source, layers).kept(tensors)
@@ -239,7 +233,7 @@ class Dictionary(BaseModel):
         how = {
             "solver": self.solver,
             "blocks": [block[0] for block in blocks],
-            "atoms": [self._atoms(len(block)) for block in blocks],
+            "atoms": {name: [self._atoms(name, block) for block in blocks] for name in PROJECTIONS},
             "ranks": {
                 name: [self._stored(source, block).rank(name, layer) for block in blocks for layer in block]
                 for name in PROJECTIONS
@@ -253,25 +247,8 @@ class Dictionary(BaseModel):
             yield from code_files(source)
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
-        """Return the ranks, and, of atoms, the energy that they capture beyond what norms explain."""
-        if "ranks" not in statistics:
-            return {}
-        ranks: dict[str, dict[str, int | str]] = {}
-        for name, rank in sorted(statistics["ranks"].items(), key=lambda item: int(item[0].rpartition(".")[2])):
-            projection, _, layer = name.partition(".")
-            ranks.setdefault(projection, {})[layer] = "whole" if int(rank) == _WHOLE else int(rank)
-        found: dict[str, Any] = {"ranks": ranks}
-        beyond = {name: self._beyond(name, statistics) for name in PROJECTIONS if self.solver in ("pca", "als")}
-        if beyond:
-            found["energy_beyond_norms"] = beyond
-            if max(map(max, beyond.values())) < _NOTHING_SHARED:
-                found["warning"] = "layers share no directions, only their norms differ: solver svd loses less"
-        return found
-
-    def _beyond(self, name: str, statistics: Statistics) -> list[float]:
-        blocks = sorted((int(key.rpartition("-")[2]), key) for key in statistics if key.startswith(f"{name}-"))
-        pairs = [statistics[key]["energy"].tolist() for _, key in blocks]
-        return [float(f"{captured - expected:.4g}") for captured, expected in pairs] or [0.0]
+        """Return the ranks and atoms, and the energy that atoms capture beyond what norms explain."""
+        return {} if "atoms" not in statistics else findings_in(statistics, self.solver)
 
     def engines(self, source: Source) -> dict[str, str]:
         """Whatever serves the source serves dense weights; factors are no linear layers that engines know."""
@@ -281,13 +258,5 @@ class Dictionary(BaseModel):
         return {"transformers": "yes, with trust_remote_code=True", "vllm": no, "sglang": no}
 
 
-def _ranks(statistics: Statistics) -> dict[str, int | None]:
-    return {name: None if int(rank) == _WHOLE else int(rank) for name, rank in statistics["ranks"].items()}
-
-
-def _block(
-    name: str, layers: tuple[int, ...], held: Mapping[int, Mapping[str, Tensor]], statistics: Statistics
-) -> Block:
-    weights = torch.stack([held[layer][name] for layer in layers])
-    seconds = torch.stack([second_of(name, statistics[f"moments-{layer}"]) for layer in layers])
-    return Block(name, layers, weights, seconds)
+def _by_layer(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[int, Any]]:
+    return {name: {int(layer): value for layer, value in row.items()} for name, row in found.items()}

@@ -28,6 +28,7 @@ IDS = torch.randint(3, 96, (1, 18), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.arange(18)[None]
 LAYERS = 4
 RANKS = {name: [3, None, 2, 3] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+ATOMS = {name: [2] for name in RANKS}
 PARTS = {
     "plain": {},
     "sliding": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -37,7 +38,7 @@ PARTS = {
     "one gate per head": {"attention_gates": {"kind": "all_heads_linear"}},
     "sharing": {"attention_sharing": [None, None, 1, 0]},
     "drop": {"attention_drop": [2]},
-    "dictionary": {"weight_dictionary": {"solver": "pca", "blocks": [0], "atoms": [2], "ranks": RANKS}},
+    "dictionary": {"weight_dictionary": {"solver": "pca", "blocks": [0], "atoms": ATOMS, "ranks": RANKS}},
 }
 SPLIT = [name for name in PARTS if name != "dictionary"]  # whose attention no plan splits
 

@@ -3,9 +3,8 @@ import itertools
 import pytest
 import torch
 
-from reattend.convert.dictionary.allocation import Curve, allocate
+from reattend.convert.dictionary.allocation import Curve, Option, allocate
 from reattend.convert.dictionary.formulas import (
-    alternate,
     fit_coefficients,
     low_rank,
     matrix_pca,
@@ -38,21 +37,9 @@ def test_as_many_atoms_as_layers_lose_nothing():
     weight = torch.randn(4, 5, 7).double()
     for solver in ("pca", "als"):
         block = Block("q_proj", (0, 1, 2, 3), weight, moments(4, 7))
-        shared = block.atoms(solver, 4)
-        made = torch.einsum("ls,smn->lmn", shared["coefficients"], shared["atoms"])
-        assert torch.allclose(made, weight, atol=1e-9), solver
-
-
-def test_alternating_never_rises_and_ends_below_pca():
-    weight, second = torch.randn(8, 6, 5).double(), moments(8, 5)
-    atoms, coefficients, found = alternate(weight, second, 3, 25)
-    assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(found))
-    assert found[-1] < 0.7 * found[0]
-    by_hand = sum(
-        float((error @ s @ error.T).trace())
-        for error, s in zip(weight - torch.einsum("ls,smn->lmn", coefficients, atoms), second, strict=True)
-    )
-    assert found[-1] == pytest.approx(by_hand, rel=1e-10)
+        shared = block.atoms(solver, 4, 1, [1.0, 2.0, 3.0, 4.0])
+        rebuilt = block.rebuilt(solver, shared, {unit.name: 1 for unit in block.units(solver)})
+        assert torch.allclose(rebuilt, weight, atol=1e-7), solver
 
 
 def test_coefficients_are_those_of_least_squares():
@@ -112,6 +99,10 @@ def test_a_basis_is_shared_by_stacked_layers():
     assert [u.layers for u in Block("o_proj", (3, 4), weight, moments(2, 6)).units("basis")] == [(3,), (4,)]
 
 
+def alone(curves):
+    return {name: [Option(0, {name: curve})] for name, curve in curves.items()}
+
+
 def test_allocation_is_the_best_of_all():
     """Where each rank gains less than the one before: no worse than the best with one rank's numbers less."""
     curves = {}
@@ -125,18 +116,30 @@ def test_allocation_is_the_best_of_all():
 
     every = list(itertools.product(*(range(len(cost)) for cost, _ in options.values())))
     for budget in range(42, 90, 7):
-        picked = [rank - 1 for rank in allocate(curves, budget).values()]
+        picked = [rank - 1 for rank in allocate(alone(curves), budget)[1].values()]
         assert total(0, picked) <= budget
         assert total(1, picked) <= min(total(1, p) for p in every if total(0, p) <= budget - 11) + 1e-12
 
 
 def test_a_budget_for_all_keeps_all_whole():
     curves = {"a": Curve(torch.tensor([2.0, 1.0, 0.5, 0.1, 0.0]), (4, 4)), "b": Curve(torch.zeros(3), (2, 2))}
-    assert allocate(curves, 20)["a"] is None
-    assert allocate(curves, 15)["a"] == 1  # rank 2 would take as much as the whole
-    assert allocate(curves, 12) == {"a": 1, "b": 1}
+    assert allocate(alone(curves), 20)[1]["a"] is None
+    assert allocate(alone(curves), 15)[1]["a"] == 1  # rank 2 would take as much as the whole
+    assert allocate(alone(curves), 12)[1] == {"a": 1, "b": 1}
     with pytest.raises(ValueError, match="12 numbers are the least, 11 may be kept"):
-        allocate(curves, 11)
+        allocate(alone(curves), 11)
+
+
+def test_what_is_shared_is_taken_where_it_is_worth_its_numbers():
+    """By hand: two matrices of 4 x 4, each 8 numbers at rank 1, or 3 numbers shared and nothing left at rank 1."""
+    apart = {"a": Curve(torch.tensor([9.0, 4.0, 0.0]), (4, 4)), "b": Curve(torch.tensor([9.0, 4.0, 0.0]), (4, 4))}
+    shared = {name: Curve(torch.tensor([1.0, 0.5, 0.0]), (4, 4), whole=False) for name in apart}
+    options = {"q": [Option(0, apart), Option(3, shared)]}
+    assert allocate(options, 32) == ({"q": 0}, {"a": None, "b": None})
+    assert allocate(options, 24) == ({"q": 1}, {"a": 1, "b": 1})
+    assert allocate(options, 18) == ({"q": 0}, {"a": 1, "b": 1})
+    with pytest.raises(ValueError, match="16 numbers are the least"):
+        allocate(options, 15)
 
 
 def test_attention_received_by_hand():

@@ -9,8 +9,8 @@ Each is a stock configuration and what a stock architecture has no key for:
     attention_sharing per layer the earlier layer whose queries and keys it attends with, or None; see
                       `sharing_reattend`
     attention_drop    the layers without attention, or None
-    weight_dictionary {"solver": "svd", "basis", "pca" or "als", "blocks": the first layer of each block, "atoms": per
-                      block, "ranks": {projection: per layer, None for a whole matrix}} or None; see
+    weight_dictionary {"solver": "svd", "basis", "pca" or "als", "blocks": the first layer of each block, "atoms":
+                      {projection: per block}, "ranks": {projection: per layer, None for a whole matrix}} or None; see
                       `dictionary_reattend`
 """
 
@@ -60,10 +60,12 @@ def wrong_dictionary(how: dict | None, layers: int) -> str | None:
         or blocks[-1] >= layers
     ):
         return f"weight_dictionary: blocks: expected rising layers from 0 to below {layers}"
-    if not isinstance(atoms, list) or len(atoms) != len(blocks) or any(type(n) is not int or n < 0 for n in atoms):
-        return "weight_dictionary: atoms: expected a number for each block"
-    if not isinstance(ranks, dict) or set(ranks) != {"q_proj", "k_proj", "v_proj", "o_proj"}:
-        return "weight_dictionary: ranks: expected q_proj, k_proj, v_proj and o_proj"
+    for key, found in (("atoms", atoms), ("ranks", ranks)):
+        if not isinstance(found, dict) or set(found) != {"q_proj", "k_proj", "v_proj", "o_proj"}:
+            return f"weight_dictionary: {key}: expected q_proj, k_proj, v_proj and o_proj"
+    for name, row in atoms.items():
+        if not isinstance(row, list) or len(row) != len(blocks) or any(type(n) is not int or n < 0 for n in row):
+            return f"weight_dictionary: atoms: {name}: expected a number for each block"
     for name, row in ranks.items():
         if (
             not isinstance(row, list)

@@ -21,7 +21,7 @@ class ReattendDictionary(nn.Module):
         super().__init__()
         for layer in config.weight_dictionary["blocks"]:
             for name, (outputs, inputs) in shapes(config).items():
-                atoms, rank = atoms_of(config, layer), config.weight_dictionary["ranks"][name][layer]
+                atoms, rank = atoms_of(config, name, layer), config.weight_dictionary["ranks"][name][layer]
                 if shares_basis(config, name) and rank is not None:
                     self.register_parameter(f"{name}_{layer}", nn.Parameter(torch.empty(rank, inputs)))
                 elif atoms:
@@ -38,7 +38,7 @@ class ReattendFactored(nn.Module):
     def __init__(self, config, name, layer_idx, bank, bias):
         super().__init__()
         outputs, inputs = shapes(config)[name]
-        rank, atoms = config.weight_dictionary["ranks"][name][layer_idx], atoms_of(config, layer_idx)
+        rank, atoms = config.weight_dictionary["ranks"][name][layer_idx], atoms_of(config, name, layer_idx)
         self.key = f"{name}_{block_of(config, layer_idx)}"
         self.down = None if shares_basis(config, name) else nn.Linear(inputs, rank, bias=False)
         self.up = nn.Linear(rank, outputs, bias=bias)
@@ -92,10 +92,10 @@ def block_of(config, layer_idx):
     return blocks[bisect.bisect(blocks, layer_idx) - 1]
 
 
-def atoms_of(config, layer_idx):
-    """Return how many atoms a layer's block has for each projection."""
+def atoms_of(config, name, layer_idx):
+    """Return how many atoms a layer's block has for a projection."""
     blocks = config.weight_dictionary["blocks"]
-    return config.weight_dictionary["atoms"][bisect.bisect(blocks, layer_idx) - 1]
+    return config.weight_dictionary["atoms"][name][bisect.bisect(blocks, layer_idx) - 1]
 
 
 def shares_basis(config, name):
