@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from reattend.calibration.divided import any_missing, missing
 from reattend.checkpoint.tensors import TORCH_DTYPES
 from reattend.convert.dictionary.checks import check_source
 from reattend.convert.dictionary.dividing import Budget, block_of, divide, findings_in, ranks_in, shared_in
+from reattend.convert.dictionary.grouping import drift, first_layers
 from reattend.convert.dictionary.moments import PROJECTIONS, gather_moments
 from reattend.convert.dictionary.solving import Solver
 from reattend.convert.dictionary.storing import StoredBlock
@@ -31,8 +33,9 @@ class Dictionary(BaseModel):
     solver: Solver = Field(
         "svd", description="svd: factors per matrix; basis: one basis for a block; pca, als: atoms and factors"
     )
-    blocks: _Number | tuple[_Number, ...] | None = Field(
-        None, description="layers per block, or the first layer of each; svd: 1, basis: 2, pca and als: 5"
+    blocks: _Number | tuple[_Number, ...] | Literal["kl"] | None = Field(
+        None,
+        description="layers per block (svd: 1, basis: 2, pca, als: 5), the first layer of each, or kl: found",
     )
     atom_share: float = Field(
         0.5,
@@ -65,19 +68,22 @@ class Dictionary(BaseModel):
 
     @property
     def undecided(self) -> bool:
-        """Whether calibration decides which shapes are written: dense weights keep theirs."""
-        return self.export == "factors" and self.ranks is None
+        """Whether calibration decides which shapes are written, or what is written together."""
+        return self.blocks == "kl" or (self.export == "factors" and self.ranks is None)
 
     def settled(self, findings: Mapping[str, Any]) -> "Dictionary":
-        """Return the step with the ranks, and for `als` the atoms, that were found."""
-        if not self.undecided:
-            return self
-        keys = ("ranks", "atoms") if self.solver == "als" else ("ranks",)
-        return self.model_copy(update={key: _by_layer(findings[key]) for key in keys})
+        """Return the step with the blocks, the ranks and, for `als`, the atoms that were found."""
+        found: dict[str, Any] = {"blocks": tuple(findings["blocks"])} if self.blocks == "kl" else {}
+        if self.export == "factors" and self.ranks is None:
+            keys = ("ranks", "atoms") if self.solver == "als" else ("ranks",)
+            found |= {key: _by_layer(findings[key]) for key in keys}
+        return self.model_copy(update=found)
 
     def check(self, source: Source) -> list[str]:
         """Refuse sources whose projections can't be factored, and blocks that don't fit."""
         check_source(source)
+        if self.blocks == "kl" and (self.solver == "svd" or self.ranks is not None):
+            raise Refusal(f"dictionary: blocks: kl: goes with no {'given ranks' if self.ranks else 'solver svd'}")
         blocks = self._blocks(source)
         attention = self._numbers(source)
         kept, atoms = int((1 - self.reduction) * attention), self._most_shared(source)
@@ -89,7 +95,9 @@ class Dictionary(BaseModel):
         if self.export == "factors":
             check_portable(source, self.step)
             held = "the output holds them alone, in the portable model"
-            held += "; sizes are those of the source: calibration decides which they are" if self.undecided else ""
+            held += (
+                "; sizes are those of the source: calibration decides which they are" if self.ranks is None else ""
+            )
         remarks = [f"attention weights are made from {kept} numbers, before {attention}; {held}"]
         if self.solver in ("pca", "als"):
             count = sum(self._most_atoms(len(block)) for block in blocks)
@@ -124,10 +132,16 @@ class Dictionary(BaseModel):
             if not given or given[0] != 0 or list(given) != sorted(set(given)) or given[-1] >= layers:
                 raise Refusal(f"dictionary: blocks: expected rising layers from 0 to below {layers}")
             return [tuple(range(a, b)) for a, b in zip(given, (*given[1:], layers), strict=True)]
-        size = {"svd": 1, "basis": 2}.get(self.solver, 5) if given is None else given
+        if given == "kl":  # before they are found: as long as they may be, for the sizes
+            return [tuple(range(a, min(a + 2 * self._size, layers))) for a in range(0, layers, 2 * self._size)]
+        size = self._size if given is None else given
         if not 1 <= size <= layers:
             raise Refusal(f"dictionary: blocks: {size}, expected 1 to {layers} layers")
         return [tuple(range(a, min(a + size, layers))) for a in range(0, layers, size)]
+
+    @property
+    def _size(self) -> int:
+        return {"svd": 1, "basis": 2}.get(self.solver, 5)
 
     def _most_atoms(self, layers: int) -> int:
         """The atoms of a block of `pca`, and the most that `als` tries."""
@@ -148,7 +162,13 @@ class Dictionary(BaseModel):
         )
 
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
-        """Gather moments; measure how errors weigh; find atoms; divide the numbers among the matrices."""
+        """Find blocks; gather moments; measure how errors weigh; find atoms; divide numbers among the matrices."""
+        if self.blocks == "kl":
+            if "blocks" not in statistics:
+                statistics["blocks"] = self._found_blocks(passes, source.num_layers)
+            blocks = tuple(statistics["blocks"]["first"].tolist())
+            self.model_copy(update={"blocks": blocks}).calibrate(source, passes, statistics)
+            return
         layers = range(source.num_layers)
         if any_missing(statistics, (f"moments-{i}" for i in layers)):
             for layer in passes("calibration"):
@@ -160,6 +180,11 @@ class Dictionary(BaseModel):
                 divide(self._budget(source), passes, statistics)
             except ValueError as error:
                 raise DeadEndError(f"dictionary: reduction: {self.reduction} can't be reached: {error}") from error
+
+    def _found_blocks(self, passes: Passes, layers: int) -> dict[str, Tensor]:
+        between = drift(passes)
+        first = first_layers(between.tolist(), -(-layers // self._size), 2 * self._size)
+        return {"first": torch.tensor(first), "drift": between}
 
     def _budget(self, source: Source) -> Budget:
         kept = 1 - self.reduction
@@ -248,7 +273,13 @@ class Dictionary(BaseModel):
 
     def findings(self, statistics: Statistics) -> dict[str, Any]:
         """Return the ranks and atoms, and the energy that atoms capture beyond what norms explain."""
-        return {} if "atoms" not in statistics else findings_in(statistics, self.solver)
+        if "atoms" not in statistics:
+            return {}
+        found = findings_in(statistics, self.solver)
+        if "blocks" in statistics:
+            found["blocks"] = statistics["blocks"]["first"].tolist()
+            found["drift"] = [float(f"{value:.4g}") for value in statistics["blocks"]["drift"].tolist()]
+        return found
 
     def engines(self, source: Source) -> dict[str, str]:
         """Whatever serves the source serves dense weights; factors are no linear layers that engines know."""

@@ -56,6 +56,9 @@ class Passes(Protocol):
     def losses(self, text: str, hidden_WTE: "Tensor") -> "Tensor":
         """Return each window's mean loss (W,), nats per token, given what the last layer put out for a text."""
 
+    def logits(self, hidden_TE: "Tensor") -> "Tensor":
+        """Return what the model's final norm and head make of hidden states: logits (T, V)."""
+
 
 @dataclass(frozen=True)
 class Group:

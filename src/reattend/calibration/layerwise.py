@@ -90,15 +90,28 @@ def layer_passes(
 
 def window_losses(model: Any, family: Family, ids_WT: Tensor, hidden_WTE: Tensor) -> Tensor:
     """Return each window's mean next-token loss in nats (W,), fp64, given what the last layer put out for it."""
-    first = _Given()
     losses = []
+    for ids, logits in zip(ids_WT, _headed(model, family, ids_WT, hidden_WTE), strict=True):
+        loss = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:].to(logits.device))
+        losses.append(loss.double().cpu())
+    return torch.stack(losses)
+
+
+def logits_of(model: Any, family: Family, hidden_TE: Tensor) -> Tensor:
+    """Return what the model's final norm and head make of hidden states: logits (T, V), fp32, on the CPU."""
+    ids = torch.zeros(1, len(hidden_TE), dtype=torch.long)  # which ones does not matter: no layer reads them
+    return next(_headed(model, family, ids, hidden_TE[None].to(model.dtype))).float().cpu()
+
+
+def _headed(model: Any, family: Family, ids_WT: Tensor, hidden_WTE: Tensor) -> Iterator[Tensor]:
+    """Yield each window's logits (T, V), given what the last layer put out for it."""
+    first = _Given()
     with _replaced(layers_in(model, family), first, _Recorder), _resident(model, _input_device(model)):
         for ids, hidden in zip(ids_WT, hidden_WTE, strict=True):
             first.hidden = hidden[None].to(_input_device(model))
             with torch.inference_mode():
-                logits = model(ids[None].to(first.hidden.device), use_cache=False).logits[0, :-1].float()
-            losses.append(torch.nn.functional.cross_entropy(logits, ids[1:].to(logits.device)).double().cpu())
-    return torch.stack(losses)
+                logits: Tensor = model(ids[None].to(first.hidden.device), use_cache=False).logits[0]
+            yield logits
 
 
 def layers_in(model: nn.Module, family: Family) -> nn.ModuleList:

@@ -75,10 +75,14 @@ def plan(recipe: str, model: str, window: int | None, as_json: bool) -> None:
 
 
 def _digest(changes: list[dict[str, Any]], most: int = 8) -> list[str]:
-    def text(tensors: list[dict[str, Any]]) -> str:
-        return ", ".join(f"{t['name']} {t['dtype']} {t['shape']}" for t in tensors)
+    def text(tensors: list[dict[str, Any]], shown: int = 3) -> str:
+        named = [f"{t['name']} {t['dtype']} {t['shape']}" for t in tensors[:shown]]
+        return ", ".join(named) + (f" and {len(tensors) - shown} more" if len(tensors) > shown else "")
 
-    lines = [f"{text(change['reads'])} -> {text(change['writes'])}" for change in changes[:most]]
+    def line(reads: list[dict[str, Any]], writes: list[dict[str, Any]]) -> str:
+        return f"{text(reads)} -> {'the same, other values' if writes == reads else text(writes)}"
+
+    lines = [line(**change) for change in changes[:most]]
     rest = len(changes) - most
     return lines + ([f"and {rest} more: --json lists all"] if rest > 0 else [])
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from reattend import processes
-from reattend.calibration.layerwise import LayerPass, layer_passes, window_losses
+from reattend.calibration.layerwise import LayerPass, layer_passes, logits_of, window_losses
 from reattend.calibration.tokens import cut_tokens, draw
 from reattend.checkpoint.index import MANIFEST, Checkpoint, open_checkpoint, read_json
 from reattend.checkpoint.staging import Staging
@@ -136,6 +136,10 @@ class _Passes:
     def losses(self, text: str, hidden_WTE: Tensor) -> Tensor:
         """See `Passes`."""
         return window_losses(self._model, self.source.family, self.setting.tokens[text], hidden_WTE)
+
+    def logits(self, hidden_TE: Tensor) -> Tensor:
+        """See `Passes`."""
+        return logits_of(self._model, self.source.family, hidden_TE)
 
 
 def prepare(planned: Plan, device: str, progress: Progress) -> Calibration:
