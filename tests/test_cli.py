@@ -313,7 +313,7 @@ def test_inspect_and_plan_as_json(monkeypatch, capsys):
 
 def test_plan_of_large_groups_reads(monkeypatch, capsys, tmp_path):
     """A block of layers is a group of many tensors, which keep their names and shapes."""
-    (tmp_path / "recipe.yaml").write_text("steps:\n  - {step: dictionary, solver: pca}\n")
+    (tmp_path / "recipe.yaml").write_text("window: 64\nsteps:\n  - {step: dictionary, solver: pca}\n")
     code, printed, _ = call(monkeypatch, capsys, "plan", tmp_path / "recipe.yaml", demo.MODEL)
     assert code == 0
     assert " and 17 more -> the same, other values" in printed
