@@ -4,7 +4,6 @@ What is said of a large model is made to fit a small one by `SMALLER`, and nothi
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -19,7 +18,7 @@ import reattend
 from pairs import disturb
 from reattend import demo
 from reattend.cli import cli
-from writable_hub import TOKEN, writable
+from writable_hub import client_environment, writable
 
 ROOT = Path(__file__).parents[1]
 REATTEND = Path(sys.executable).with_name("reattend")
@@ -135,8 +134,7 @@ def hub(tmp_path):
     """A Hub on this machine, empty, and the environment of who pushes to it."""
     (tmp_path / "store").mkdir()
     with writable(tmp_path / "store") as server:
-        own = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}
-        yield server, os.environ | own | {"HF_ENDPOINT": server.url}
+        yield server, client_environment(server, tmp_path / "hf")
 
 
 def printed_by(command, env):

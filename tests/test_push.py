@@ -1,7 +1,6 @@
 """`reattend push`: the real client against a Hub on this machine, faults included."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import reattend
-from writable_hub import TOKEN, writable
+from hub_requests import TOKEN
+from writable_hub import client_environment, writable
 
 REATTEND = Path(sys.executable).with_name("reattend")
 NAME = "org/model"
@@ -41,10 +41,7 @@ def hub(tmp_path):
 
 @pytest.fixture
 def environment(hub, tmp_path):
-    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    # Xet has servers of its own: this is the client's other way, LFS over HTTP.
-    own = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-    return env | own | {"HF_ENDPOINT": hub.url}
+    return client_environment(hub, tmp_path / "hf")
 
 
 @pytest.fixture

@@ -6,21 +6,20 @@ set by the test: see `WritableHub`.
 
 import hashlib
 import json
-import re
+import os
 import threading
-import time
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+
+from hub_requests import TOKEN, Requests
 
 LFS_FROM = 4096  # bytes from which a file is stored by its sha256
 PART = 64 * 1024  # of a multipart upload
-TOKEN = "hf_test_token_that_must_not_be_seen"
 
 
 @dataclass
@@ -90,52 +89,8 @@ class WritableHub(ThreadingHTTPServer):
         return {path: (self.store / oid).read_bytes() for path, oid in stored.items()}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Requests):
     server: WritableHub
-    protocol_version = "HTTP/1.1"
-
-    def route(self):
-        parts = urlsplit(self.path)
-        self.place, self.query = unquote(parts.path), parse_qs(parts.query)
-        self.server.asked.append(f"{self.command} {self.place}")
-        self.left = int(self.headers.get("Content-Length") or 0)
-        for pattern, statuses in self.server.refuse.items():
-            if statuses and re.search(pattern, self.server.asked[-1]):
-                status = statuses.pop(0)
-                self.take(None)
-                return self.answer(status, {}, {"Retry-After": "0", "X-Error-Message": f"answer {status}"})
-        if self.place.startswith("/api/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self.take(None)
-            return self.answer(401, {}, {"X-Error-Message": "Invalid credentials"})
-        for method, pattern, act in _ROUTES:
-            match = re.fullmatch(pattern, self.place)
-            if match and method == self.command:
-                return act(self, *match.groups())
-        self.take(None)
-        return self.answer(404, {}, {"X-Error-Code": "RepoNotFound"})
-
-    do_GET = do_POST = do_PUT = do_HEAD = route
-
-    def take(self, into) -> bytes:
-        """Read the body block by block, to a file if one is given."""
-        kept, read = [], 0
-        limit = next(
-            (s.pop(0) for p, s in self.server.drop.items() if s and re.search(p, self.server.asked[-1])), None
-        )
-        while self.left > 0:
-            time.sleep(self.server.slow)
-            if limit is not None and read >= limit:
-                self.close_connection = True
-                self.connection.close()
-                raise ConnectionAbortedError
-            block = self.rfile.read(min(self.left, 1 << 14))
-            if not block:
-                raise ConnectionAbortedError
-            self.left -= len(block)
-            read += len(block)
-            self.server.sent[self.place] += len(block)
-            into.write(block) if into else kept.append(block)
-        return b"".join(kept)
 
     def repository(self, name, revision="main"):
         """Return a repository and one of its commits, or answer that there is none."""
@@ -291,22 +246,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(206, part, headers)
         return self.answer(200, content, headers)
 
-    def answer(self, status, content, headers=None):
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        own = {"Content-Type": "application/json", "Content-Length": str(len(data))}
-        for key, value in (own | (headers or {})).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
 
 _NAME = r"([\w.-]+/[\w.-]+)"
-_ROUTES = (
+_Handler.routes = (
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate),
     ("GET", f"/api/models/{_NAME}", _Handler.info),
@@ -322,6 +264,16 @@ _ROUTES = (
     ("GET", f"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
     ("HEAD", f"/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
 )
+
+
+def client_environment(hub: WritableHub, home: Path) -> dict[str, str]:
+    """Return the environment of a process that pushes to a hub and reads from it, with its caches in `home`.
+
+    Xet has servers of its own: this is the client's other way, LFS over HTTP.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    own = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+    return kept | own | {"HF_ENDPOINT": hub.url}
 
 
 @contextmanager
