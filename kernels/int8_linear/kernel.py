@@ -4,7 +4,7 @@ Legend: M rows (tokens), I input channels, O output channels, N outlier columns.
 offsets with `o_`, masks with `m_`, blocks with `b_`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -13,22 +13,13 @@ from torch import Tensor
 
 from reattend.kernels import launching
 from reattend.kernels.int8_linear.reference import CODE_MAX, ZERO_ROW, Outliers
+from reattend.kernels.output_tiles import Config, grid, output_tile, store_output
 
 # Adding and subtracting 1.5 * 2^23 rounds an fp32 of magnitude below 2^22 half to even.
 _ROUND = tl.constexpr(12582912.0)
 _CODE_MAX = tl.constexpr(float(CODE_MAX))
 _ZERO_ROW = tl.constexpr(ZERO_ROW)
 GEMV_ROWS = 4
-
-
-class Config(NamedTuple):
-    """One shipped tile: block sizes (M, O, I) and launch options."""
-
-    block_m: int
-    block_o: int
-    block_i: int
-    num_warps: int
-    num_stages: int
 
 
 # Few rows leave the tensor cores idle: small row tile, deep I. `tests/kernels/test_compile.py` compiles all.
@@ -74,34 +65,12 @@ def _quantize_rows_kernel(p_x, p_mask, p_codes, p_scale, I, stride_x, HAS_MASK: 
 
 
 @triton.jit
-def _tile(M, O, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, GROUP: tl.constexpr):
-    # Row tiles in groups, so that neighbours in time share weight tiles in the second-level cache.
-    i = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    per_group = GROUP * tl.cdiv(O, BLOCK_O)
-    first = (i // per_group) * GROUP
-    size = tl.minimum(tiles_m - first, GROUP)
-    i_m, i_o = first + (i % per_group) % size, (i % per_group) // size
-    o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    o_o = (i_o * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
-    return o_m, o_o
-
-
-@triton.jit
-def _finish(y, p_bias, p_y, o_m, o_o, M, O, HAS_BIAS: tl.constexpr):
-    if HAS_BIAS:
-        y += tl.load(p_bias + o_o, mask=o_o < O, other=0.0).to(tl.float32)[None, :]
-    m_y = (o_m < M)[:, None] & (o_o < O)[None, :]
-    tl.store(p_y + o_m[:, None] * O + o_o[None, :], y.to(p_y.dtype.element_ty), mask=m_y)
-
-
-@triton.jit
 def _w8a8_kernel(
     p_a, p_a_scale, p_w, p_w_scale, p_bias, p_x, p_columns, p_slice, p_y, M, O, I, N, stride_x,
     HAS_BIAS: tl.constexpr, HAS_OUTLIERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    o_m, o_o = _tile(M, O, BLOCK_M, BLOCK_O, 8)
+    o_m, o_o = output_tile(M, O, BLOCK_M, BLOCK_O, 8)
     m_m, m_o = o_m < M, o_o < O
     acc = tl.zeros([BLOCK_M, BLOCK_O], tl.int32)
     for start in range(0, I, BLOCK_I):
@@ -128,7 +97,7 @@ def _w8a8_kernel(
             b_x = tl.load(p_x + o_m[:, None] * stride_x + o_column[None, :], mask=m_x, other=0.0)
             b_s = tl.load(p_slice + o_o[None, :] * N + o_n[:, None], mask=m_s, other=0.0)
             y = tl.dot(b_x, b_s.to(b_x.dtype), y)
-    _finish(y, p_bias, p_y, o_m, o_o, M, O, HAS_BIAS)
+    store_output(y, p_bias, p_y, o_m, o_o, M, O, HAS_BIAS)
 
 
 @triton.jit
@@ -136,7 +105,7 @@ def _w8a16_kernel(
     p_x, p_w, p_w_scale, p_bias, p_y, M, O, I, stride_x, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    o_m, o_o = _tile(M, O, BLOCK_M, BLOCK_O, 8)
+    o_m, o_o = output_tile(M, O, BLOCK_M, BLOCK_O, 8)
     m_m, m_o = o_m < M, o_o < O
     y = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     for start in range(0, I, BLOCK_I):
@@ -146,7 +115,7 @@ def _w8a16_kernel(
         # A code is exact in any float dtype, so the scale can wait for the epilogue.
         y = tl.dot(b_x, b_w.to(b_x.dtype), y, input_precision="ieee")
     y *= tl.load(p_w_scale + o_o, mask=m_o, other=0.0)[None, :]
-    _finish(y, p_bias, p_y, o_m, o_o, M, O, HAS_BIAS)
+    store_output(y, p_bias, p_y, o_m, o_o, M, O, HAS_BIAS)
 
 
 @triton.jit
@@ -190,10 +159,6 @@ def quantize_rows(x_MI: Tensor, columns: Tensor | None = None) -> tuple[Tensor, 
     return codes, scale
 
 
-def _grid(rows: int, outputs: int, config: Config) -> tuple[int]:
-    return (triton.cdiv(rows, config.block_m) * triton.cdiv(outputs, config.block_o),)
-
-
 def w8a8_config(rows: int) -> Config:
     """Return the tile for this number of rows."""
     return W8A8_SMALL if rows <= 16 else W8A8_MEDIUM if rows <= 256 else W8A8_LARGE
@@ -213,7 +178,7 @@ def w8a8(
     y_MO = torch.empty(rows, outputs, dtype=x_MI.dtype, device=x_MI.device)
     config = w8a8_config(rows)
     columns, weight = (a_codes, a_codes) if outliers is None else outliers
-    _w8a8_kernel[_grid(rows, outputs, config)](
+    _w8a8_kernel[grid(rows, outputs, config)](
         a_codes, a_scale, codes_OI, scale_O, scale_O if bias_O is None else bias_O, x_MI, columns, weight, y_MO,
         rows, outputs, width, 0 if outliers is None else len(columns), x_MI.stride(0),
         bias_O is not None, outliers is not None, config.block_m, config.block_o, config.block_i, OUTLIER_BLOCK,
@@ -235,7 +200,7 @@ def w8a16(x_MI: Tensor, codes_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None
         return y_MO
     configs = w8a16_configs(x_MI.dtype == torch.float32)
     config = configs[0] if rows <= 16 else configs[-1]
-    _w8a16_kernel[_grid(rows, outputs, config)](
+    _w8a16_kernel[grid(rows, outputs, config)](
         x_MI, codes_OI, scale_O, *shared, rows, outputs, width, x_MI.stride(0),
         bias_O is not None, config.block_m, config.block_o, config.block_i, enable_fp_fusion=True, **_options(config),
     )  # fmt: skip

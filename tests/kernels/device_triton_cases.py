@@ -12,6 +12,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from reattend.kernels.attention import Options, attention
 from reattend.kernels.attention_int8 import Quantization, attention_int8
+from reattend.kernels.dictionary_linear import dictionary_linear
 from reattend.kernels.int8_linear import int8_linear
 from reattend.kernels.mla_decode import mla_decode
 
@@ -49,6 +50,8 @@ def linears():
         names = quantized if activations == "int8" else ("_w8a16_gemv_kernel" if rows == 2 else "_w8a16_kernel",)
         x = torch.ones(rows, 32)
         launched(lambda: int8_linear(x, codes, scale, activations=activations, backend="triton"), *names)  # noqa: B023
+    parts = torch.ones(4, 2), torch.ones(2, 32), torch.ones(3, 4, 32), torch.ones(3)
+    launched(lambda: dictionary_linear(torch.ones(2, 32), *parts, backend="triton"), "_dictionary_kernel")
 
 
 def attentions():

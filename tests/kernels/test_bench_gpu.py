@@ -22,6 +22,7 @@ def test_the_script_checks_and_times_every_kernel():
     assert "3 mla variants are right" in done.stdout
     assert "8 attention variants are right" in done.stdout
     assert "8 shared variants are right" in done.stdout
+    assert "4 dictionary variants are right" in done.stdout
 
 
 def test_without_a_gpu_it_says_so():

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from reattend.kernels.attention import kernel as attend
 from reattend.kernels.attention import kernel_backward, kernel_decode, kernel_tiles
+from reattend.kernels.dictionary_linear import kernel as dictionary
 from reattend.kernels.int8_linear import kernel
 from reattend.kernels.mla_decode import kernel as mla
 from reattend.kernels.shared_decode import kernel as shared_kernel
@@ -47,6 +48,11 @@ def w8a16(config, dtype, op):
     if op is kernel._w8a16_gemv_kernel:
         del sizes["BLOCK_M"]
     return op, pointers, {"HAS_BIAS": True, **sizes}, config
+
+
+def dictionary_linear(config, dtype):
+    pointers = dict.fromkeys(("p_x", "p_atoms", "p_c", "p_h", "p_up", "p_bias", "p_y"), f"*{dtype}")
+    return dictionary._dictionary_kernel, pointers, {"HAS_BIAS": True, **blocks(config)}, config
 
 
 def blocks(config):
@@ -174,6 +180,10 @@ def shipped():
         for config in kernel.w8a16_configs(dtype == "fp32"):
             yield f"w8a16-{config.block_m}-{dtype}", w8a16(config, dtype, kernel._w8a16_kernel)
         yield f"gemv-{dtype}", w8a16(kernel.GEMV, dtype, kernel._w8a16_gemv_kernel)
+        for config in dictionary.configs(
+            getattr(torch, {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[dtype])
+        ):
+            yield f"dictionary-{config.block_m}-{dtype}", dictionary_linear(config, dtype)
     for rank, configs in mla.CONFIGS.items():
         for config in configs:
             yield f"mla-{rank}-{config.block_m}", mla_part(config, "bf16", rank, 64)

@@ -1,6 +1,6 @@
 """All Triton kernels on one GPU: correctness first, then speed against torch and, where installed, other libraries.
 
-    python scripts/bench/gpu [--only int8|mla|attention|shared] [--runs 5]
+    python scripts/bench/gpu [--only int8|mla|attention|shared|dictionary] [--runs 5]
 
 Takes minutes, most of them compilation. Candidates run in turn and medians are compared; each is timed over repeated
 calls between two CUDA events, its inputs larger than the cache where the shape is. `--small` uses tiny shapes, for a
@@ -12,12 +12,19 @@ import sys
 
 import torch
 from attention import bench_attention
+from dictionary import bench_dictionary
 from int8 import bench_int8
 from mla import bench_mla
 from shared import bench_shared
 from timing import Bench
 
-KERNELS = {"int8": bench_int8, "mla": bench_mla, "attention": bench_attention, "shared": bench_shared}
+KERNELS = {
+    "int8": bench_int8,
+    "mla": bench_mla,
+    "attention": bench_attention,
+    "shared": bench_shared,
+    "dictionary": bench_dictionary,
+}
 
 
 def main() -> None:

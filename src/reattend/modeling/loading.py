@@ -41,11 +41,13 @@ def load(
     runtime: Literal["auto", "stock"] = "auto",
     int8_head: bool = False,
     simulate: bool = False,
+    dictionary: Literal["dense", "factors"] = "dense",
 ) -> Loaded:
     """Load a checkpoint; `dtype` is a torch dtype's name or "auto".
 
     `runtime="auto"` runs int8 checkpoints on our kernels, MLA with absorbed decode
-    (`modeling/latent_attention.py`), dictionary projections made dense, and attention through ours
+    (`modeling/latent_attention.py`), dictionary projections made dense (or, with `dictionary="factors"`, on
+    `kernels/dictionary_linear`: the memory of the file, and slower), and attention through ours
     (`modeling/attention_backend.py`) on a CPU or where the config chose quantised layers; everything else through
     stock transformers, and "stock" takes that for all.
     A model whose weights stay on the disk runs stock too, but for attention. `int8_head` also quantises the output
@@ -60,6 +62,8 @@ def load(
     """
     if runtime not in ("auto", "stock") or (simulate and runtime == "stock"):
         raise Refusal(f"runtime {runtime!r}: expected auto or stock, and auto with simulate")
+    if dictionary not in ("dense", "factors"):
+        raise Refusal(f"dictionary {dictionary!r}: expected dense or factors")
     path = open_files(path).download()
     checkpoint = open_checkpoint(path)
     _check_config(path, checkpoint)
@@ -68,7 +72,7 @@ def load(
     kind = model_class(path, checkpoint.config)
     if runtime == "auto" and not offload and runs_on_kernels(checkpoint.config):
         model = _on_kernels(path, checkpoint, dtype=dtype, device=device, int8_head=int8_head)
-        _take_over(path, model, checkpoint, simulate)
+        _take_over(path, model, checkpoint, simulate, dictionary)
         return Loaded(model, load_tokenizer(path))
     if int8_head:
         raise Refusal(f"{path}: int8_head: only int8 checkpoints that run on the bundled kernels take it")
@@ -77,7 +81,7 @@ def load(
     if dtype != "auto":
         _cast(model, dtype)
     if runtime == "auto":
-        _take_over(path, model, checkpoint, simulate)
+        _take_over(path, model, checkpoint, simulate, dictionary)
     return Loaded(model, load_tokenizer(path))
 
 
@@ -95,12 +99,12 @@ def _stock(path: Path, kind: Any, dtype: str, places: dict[str, Any]) -> Any:
     return model
 
 
-def _take_over(path: Path, model: Any, checkpoint: Checkpoint, simulate: bool) -> None:
-    """Run attention on our kernels, MLA absorbed, factors made dense: the latter not with weights on the disk."""
+def _take_over(path: Path, model: Any, checkpoint: Checkpoint, simulate: bool, dictionary: str) -> None:
+    """Run attention on our kernels, MLA absorbed, factors made dense or on ours: not with weights on the disk."""
     if getattr(model.config, "weight_dictionary", None) is not None and not hasattr(model, "_hf_hook"):
-        from reattend.modeling.materialize import materialize
+        from reattend.modeling.factored import materialize, run_factored
 
-        materialize(model)
+        run_factored(model) if dictionary == "factors" else materialize(model)
     choose_attention(path, model, checkpoint.config, simulate=simulate)
     latent = model.config.model_type == "deepseek_v3" or getattr(model.config, "latent_attention", None) is not None
     if latent and not hasattr(model, "_hf_hook"):

@@ -131,6 +131,14 @@ def test_factors_compute_what_dense_weights_do(model, tmp_path, solver):
     assert torch.allclose(logits(stock), want, atol=1e-9)
     made = reattend.load(tmp_path / "factors", dtype="float64").model
     assert torch.allclose(logits(made), want, atol=1e-9)
+    kept = reattend.load(tmp_path / "factors", dtype="float64", dictionary="factors").model
+    assert torch.allclose(logits(kept), want, atol=1e-9)
+    assert sum(p.numel() for p in kept.parameters()) < sum(p.numel() for p in made.parameters())
+    kept.save_pretrained(tmp_path / "kept")
+    same = load_file(tmp_path / "factors/model.safetensors")
+    saved = load_file(tmp_path / "kept/model.safetensors")
+    assert same.keys() == saved.keys()
+    assert all(value.equal(saved[name]) for name, value in same.items())
     made.save_pretrained(tmp_path / "again")
     again = reattend.load(tmp_path / "again", dtype="float64", runtime="stock").model
     assert torch.equal(logits(again), logits(made))
@@ -215,6 +223,8 @@ def test_families_with_biases_norms_and_windows(tmp_path, family):
 
 def test_what_factored_sources_are_refused(model, tmp_path):
     apply(model, tmp_path / "factors", export="factors", reduction=0.3)
+    with pytest.raises(Refusal, match="dictionary 'low': expected dense or factors"):
+        reattend.load(tmp_path / "factors", dictionary="low")
     again = parse_recipe({"steps": [{"step": "int8_attention"}], **SETTINGS}, "test")
     with pytest.raises(Refusal, match="the source's projections are stored as factors"):
         reattend.plan(again, tmp_path / "factors")
