@@ -19,3 +19,6 @@ COLLECTIVE = ("heal",)
 
 # Steps that take layers of any shape, so that a plan can promise them after a step whose calibration decides shapes.
 ANY_SHAPES = ("heal", "int8", "int8_layout")
+
+# Calibrating steps that only watch layers run: these may share attention, have none, or be stored as factors.
+ANY_LAYERS = ("int8_attention",)

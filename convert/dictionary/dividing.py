@@ -46,12 +46,8 @@ def divide(budget: Budget, passes: Passes, statistics: Statistics) -> None:
             options[key].append(option)
     taken, ranks = allocate(options, budget.numbers)
     statistics["ranks"] = {name: torch.tensor(_WHOLE if rank is None else rank) for name, rank in ranks.items()}
-    counts = {key: len(statistics[key]["atoms"]) if _has_atoms(budget, index) else 0 for key, index in taken.items()}
+    counts = {key: len(statistics[key]["atoms"]) if options[key][index].shared else 0 for key, index in taken.items()}
     statistics["atoms"] = {key: torch.tensor(count) for key, count in counts.items()}
-
-
-def _has_atoms(budget: Budget, index: int) -> bool:
-    return index == 1 if budget.solver == "als" else budget.solver == "pca"
 
 
 def ranks_in(statistics: Statistics) -> dict[str, int | None]:

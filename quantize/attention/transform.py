@@ -4,6 +4,7 @@ No weight changes. The choice is written into `config.json`; `load()` honours it
 run exact attention.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -81,7 +82,8 @@ class Int8Attention(BaseModel):
 
         with observed_attention(layer.module, observe):
             layer.run()
-        return {kind: worst(values) for kind, values in found.items()}
+        # A layer without attention has nothing to compare, and nothing to quantise.
+        return {kind: worst(values) if values else torch.full((2,), torch.nan) for kind, values in found.items()}
 
     @property
     def _kinds(self) -> dict[str, Quantization]:
@@ -150,5 +152,5 @@ _REFUSED = {
 }
 
 
-def _rounded(values: Tensor) -> list[float]:
-    return [float(f"{value:.6g}") for value in values.tolist()]
+def _rounded(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else float(f"{value:.6g}") for value in values.tolist()]

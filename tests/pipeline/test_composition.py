@@ -44,10 +44,12 @@ OPEN = {
 }
 HEAL = Heal(steps=1, batch=1)
 FOLLOWING = {
-    "sharing, heal, int8": ("sharing", HEAL, Int8()),
+    "sharing, heal, int8, int8_attention": ("sharing", HEAL, Int8(), Int8Attention()),
     "sharing, int8": ("sharing", Int8()),
     "drop, heal": ("drop", HEAL),
+    "drop, int8_attention": ("drop", Int8Attention()),
     "dictionary, heal, int8": ("dictionary", HEAL, Int8()),
+    "dictionary, int8_attention": ("dictionary", Int8Attention()),
     "mla, int8": ("mla", Int8()),
     "int8, int8_layout": ("int8", Int8Layout(format="bitsandbytes")),
 }
@@ -110,7 +112,7 @@ def test_what_was_decided_is_decided_still_after_an_interruption(killed, tmp_pat
 
 @pytest.mark.parametrize(
     ("later", "what"),
-    [(Int8Attention(), "int8_attention"), (Gates(kind="linear"), "gates"), (Int8(outliers="smooth"), "int8 with")],
+    [(Gates(kind="linear"), "gates"), (Int8(outliers="smooth"), "int8 with"), (MLA, "mla")],
     ids=str,
 )
 def test_what_the_plan_can_not_promise_after_an_open_step_is_refused_by_it(later, what):

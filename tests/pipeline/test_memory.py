@@ -34,6 +34,19 @@ def test_by_hand_for_the_bundled_model():
     assert reattend.plan("int8", demo.MODEL).summary()["calibration_memory_at_least_bytes"] == {}
 
 
+def test_what_followers_wait_for_by_hand(tmp_path):
+    """Two followers of one leader, then one of another: at no time is more than one leader's awaited."""
+    steps = [{"step": "attention_sharing", "pairs": {1: 0, 2: 0, 4: 3}, "refit": False}, {"step": "int8_attention"}]
+    texts = {"calibration": str(demo.SELECT_TEXT), "selection": str(demo.EVAL_TEXT)}
+    settings = {"windows": 3, "selection_windows": 2, "window": 100, **texts}
+    reattend.apply(parse_recipe({"steps": steps[:1], **settings}, "test"), demo.MODEL, tmp_path / "shared")
+    planned = reattend.plan(parse_recipe({"steps": steps[1:], **settings}, "test"), tmp_path / "shared")
+    running = 3 * 100 * (HIDDEN + HIDDEN + KV)  # hidden states, queries of as many numbers, keys
+    assert planned.summary()["calibration_memory_at_least_bytes"]["weights_held"] == (
+        PROCESS_BYTES + 4 * (planned.source.parameters + running)
+    )
+
+
 RUN = """
 import gc, sys, torch
 from reattend.calibration.layerwise import layer_passes

@@ -5,13 +5,14 @@ and every weight is read once per pass, however many windows there are.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reattend.calibration.shared_attention import SharedAttention, to_device
 from reattend.errors import BadNumbersError, Failure
 from reattend.families.rows import Family
 
@@ -32,13 +33,18 @@ class LayerPass:
     hidden: dict[str, Tensor]
     device: torch.device
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    _shared: SharedAttention
     text: str = ""
     _ran: bool = False
 
-    def call(self, inputs: Tensor) -> Tensor:
-        """Run the layer on `inputs` (1, tokens, hidden size), with the model's own masks and positions."""
+    def call(self, inputs: Tensor, window: int | None = None) -> Tensor:
+        """Run the layer on `inputs` (1, tokens, hidden size), with the model's own masks and positions.
+
+        A follower needs the number of the window of `text`: it attends with what its leader made of that one.
+        """
         args, kwargs = self._arguments
-        output = self.module(inputs.to(self.device), *args, **kwargs)
+        with self._shared.of(self.index, (self.text, window), self.device) as left:
+            output = self.module(inputs.to(self.device), *args, **(kwargs | left))
         if not isinstance(output, Tensor):
             raise Failure(f"layer {self.index}: returns {type(output).__name__}, a tensor was expected")
         return output
@@ -64,7 +70,7 @@ class LayerPass:
             for text, states in self.hidden.items():
                 self.text = text
                 for i in range(len(states)):
-                    states[i : i + 1].copy_(self.call(states[i : i + 1]))
+                    states[i : i + 1].copy_(self.call(states[i : i + 1], i))
                     if not bool(torch.isfinite(states[i]).all()):
                         raise self.bad_numbers("its output")
         self._ran = True
@@ -80,12 +86,15 @@ def layer_passes(
     """
     layers = layers_in(model, family)
     hidden, arguments = _first_inputs(model, layers, tokens)
-    for index, layer in enumerate(layers):
-        with _resident(layer, torch.device(device)):
-            current = LayerPass(index, layer, hidden, torch.device(device), _to(arguments[index], device))
-            yield current
-            if not current._ran:
-                current.run()
+    shared = SharedAttention(getattr(model.config, "attention_sharing", None))
+    device = torch.device(device)
+    with _resident_bank(model, device):
+        for index, layer in enumerate(layers):
+            with _resident(layer, device):
+                current = LayerPass(index, layer, hidden, device, to_device(arguments[index], device), shared)
+                yield current
+                if not current._ran:
+                    current.run()
 
 
 def window_losses(model: Any, family: Family, ids_WT: Tensor, hidden_WTE: Tensor) -> Tensor:
@@ -205,6 +214,14 @@ def _input_device(model: Any) -> torch.device:
 
 
 @contextmanager
+def _resident_bank(model: Any, device: torch.device) -> Iterator[None]:
+    """Keep on `device` what a portable model's layers share of their weights."""
+    bank = getattr(_body(model), "dictionary", None)
+    with nullcontext() if bank is None else _resident(bank, device):
+        yield
+
+
+@contextmanager
 def _resident(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """Keep a layer's weights on `device`, loading what accelerate offloaded once instead of per call."""
     hooks: list[tuple[nn.Module, Any]] = [(m, m._hf_hook) for m in layer.modules() if hasattr(m, "_hf_hook")]
@@ -228,14 +245,3 @@ def _resident(layer: nn.Module, device: torch.device) -> Iterator[None]:
             hook.execution_device = old
         if not offloaded:
             layer.to(home)
-
-
-def _to(value: Any, device: str | torch.device) -> Any:
-    """Move the tensors of nested tuples and dicts."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_to(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    return value

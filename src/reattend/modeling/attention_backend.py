@@ -193,7 +193,8 @@ def _int8(
     more: dict[str, Any],
 ) -> tuple[Tensor, None]:
     how, rest = _quantization(module), dict(more)
-    rest.pop("shared_row", None)
+    if rest.pop("shared_row", None) is not None and tensors[0].shape[2] == 1:
+        return attend(module, *tensors, mask, **more)  # exact, as single queries are: a leader's row serves all
     dropout, scaling, is_causal = (rest.pop(name, None) for name in ("dropout", "scaling", "is_causal"))
     if how is None or _stock_reason(mask, dropout or 0.0) is not None:
         return attend(module, *tensors, mask, **more)

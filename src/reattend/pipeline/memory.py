@@ -14,7 +14,7 @@ def calibration_bytes(source: Source, tokens: Sequence[int]) -> dict[str, int]:
 
     `tokens` counts those of each text. Counted are the process, the weights (offloaded: first those outside the
     layers, without the head, then one layer) and the hidden states of all windows, a text's twice while they are
-    gathered. Not counted: what the step itself keeps (the moments of `mla` and the inputs and outputs it fits
+    gathered, with the queries and keys that followers wait for. Not counted: what the step itself keeps (the moments of `mla` and the inputs and outputs it fits
     on, up to eight times the hidden states; a few thousand rows per linear for smoothing), the activations of one
     window, and pages of the checkpoint that are mapped while it is loaded, which the system takes back at need.
     """
@@ -23,11 +23,22 @@ def calibration_bytes(source: Source, tokens: Sequence[int]) -> dict[str, int]:
     outside = source.parameters - sum(layers) - head
     states = [count * source.size("hidden") for count in tokens]
     gathered = max(sum(states[:text]) + 2 * size for text, size in enumerate(states))
+    running = sum(states) + sum(tokens) * _left_for_followers(source)
     found = {
-        "weights_held": source.parameters + gathered,
-        "weights_offloaded": max(outside + gathered, max(layers) + sum(states)),
+        "weights_held": source.parameters + max(gathered, running),
+        "weights_offloaded": max(outside + gathered, max(layers) + running),
     }
     return {name: PROCESS_BYTES + _NUMBER_BYTES * count for name, count in found.items()}
+
+
+def _left_for_followers(source: Source) -> int:
+    """The most numbers per token that leaders leave for layers to come."""
+    leaders = source.config.get("attention_sharing") or []
+    awaited = [
+        len({leader for leader in leaders[layer:] if leader is not None and leader < layer})
+        for layer in range(len(leaders))
+    ]
+    return max(awaited, default=0) * (source.size("q") + source.size("kv"))
 
 
 def _numbers(source: Source, prefix: str) -> int:

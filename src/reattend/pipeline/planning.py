@@ -20,7 +20,7 @@ from reattend.pipeline.memory import PROCESS_BYTES, calibration_bytes
 from reattend.pipeline.passes import Pass, passes_of
 from reattend.pipeline.stage import Stage
 from reattend.recipes.schema import Recipe, load_recipe
-from reattend.recipes.table import ANY_SHAPES, COLLECTIVE
+from reattend.recipes.table import ANY_LAYERS, ANY_SHAPES, COLLECTIVE
 from reattend.transform import Group, Transform
 
 
@@ -164,7 +164,8 @@ def _check_open(recipe: Recipe) -> None:
     for number, step in enumerate(recipe.steps):
         transform: Transform = step  # type: ignore[assignment]
         name = step.step  # type: ignore[attr-defined]
-        if open_ is not None and (name not in ANY_SHAPES or (transform.texts and name not in COLLECTIVE)):
+        refused = name not in ANY_SHAPES or (transform.texts and name not in COLLECTIVE)
+        if open_ is not None and refused and name not in ANY_LAYERS:
             how = "with calibration " if name in ANY_SHAPES else ""
             raise Refusal(
                 f"steps[{number}]: {name} {how}can't follow steps[{open_}], whose calibration decides its output; "
@@ -252,7 +253,7 @@ def check_step(step: BaseModel, source: Source) -> list[str]:
     """Return a step's remarks on a source. Raises `Refusal` where it can't apply, or can't be calibrated."""
     transform: Transform = step  # type: ignore[assignment]
     name = step.step  # type: ignore[attr-defined]
-    if transform.texts and name not in COLLECTIVE and source.family.not_by_itself:
+    if transform.texts and name not in (*COLLECTIVE, *ANY_LAYERS) and source.family.not_by_itself:
         raise Refusal(f"{name}: the source's {source.family.not_by_itself}; calibrate before that step")
     return transform.check(source)
 

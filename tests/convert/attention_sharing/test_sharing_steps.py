@@ -175,7 +175,6 @@ def test_sources_that_are_refused(model, tmp_path):
             reattend.plan(recipe({"step": "attention_drop", "layers": [3]}), source)
     for settings in (
         {"step": "mla", "target": "portable", "latent_rank": 16, "rope_dim": 8},
-        {"step": "int8_attention"},
         {"step": "int8", "outliers": "smooth"},
     ):
         with pytest.raises(Refusal, match="the source's layers share attention or have none"):

@@ -78,6 +78,13 @@ def test_the_numbers_are_within_the_budget(model, tmp_path, solver):
         assert reattend.verify(tmp_path / "out", against=model)["problems"] == []
 
 
+@pytest.mark.parametrize("solver", ["pca", "als"])
+def test_a_block_may_be_too_short_for_an_atom(model, tmp_path, solver):
+    found = apply(model, tmp_path / "out", solver=solver, reduction=0.3, blocks=[0, 3])
+    assert all(row["3"] == 0 for row in found["atoms"].values())
+    assert reattend.verify(tmp_path / "out")["problems"] == []
+
+
 def test_nearly_nothing_removed_changes_nearly_nothing(model, tmp_path):
     apply(model, tmp_path / "svd", solver="svd", reduction=1e-6)
     changed = [
@@ -225,7 +232,7 @@ def test_what_factored_sources_are_refused(model, tmp_path):
     apply(model, tmp_path / "factors", export="factors", reduction=0.3)
     with pytest.raises(Refusal, match="dictionary 'low': expected dense or factors"):
         reattend.load(tmp_path / "factors", dictionary="low")
-    again = parse_recipe({"steps": [{"step": "int8_attention"}], **SETTINGS}, "test")
+    again = parse_recipe({"steps": [{"step": "int8", "outliers": "smooth"}], **SETTINGS}, "test")
     with pytest.raises(Refusal, match="the source's projections are stored as factors"):
         reattend.plan(again, tmp_path / "factors")
     with pytest.raises(Refusal, match="outliers: the model's projections are stored as factors"):

@@ -139,8 +139,9 @@ class OptionalParts(nn.Module):
         return functools.partial(attention, gamma=self.gamma, zeta=self.zeta)
 
     def row_options(self, row):
-        """Return what leaves a leader's scores for its followers: attention `reattend` alone takes it."""
-        return {"shared_row": row} if row is not None and self.config._attn_implementation == "reattend" else {}
+        """Return what leaves a leader's scores for its followers: attention of reattend's alone takes it."""
+        ours = self.config._attn_implementation in ("reattend", "reattend_int8", "reattend_int8_simulated")
+        return {"shared_row": row} if row is not None and ours else {}
 
     def gated(self, hidden_BSE, found_BSHV):
         """Apply the gate, if there is one."""
