@@ -15,9 +15,9 @@ def calibration_bytes(source: Source, tokens: Sequence[int]) -> dict[str, int]:
     `tokens` counts those of each text. Counted are the process, the weights (offloaded: first those outside the
     layers, without the head, then one layer) and the hidden states of all windows, a text's twice while they are
     gathered, with the queries and keys that followers wait for. Not counted: what the step itself keeps (the moments
-    of `mla` and the inputs and outputs it fits on, up to eight times the hidden states; a few thousand rows per linear
-    for smoothing), the activations of one window, and pages of the checkpoint that are mapped while it is loaded,
-    which the system takes back at need.
+    of `mla` and the inputs and outputs it fits on, up to eight times the hidden states; a few thousand rows per
+    linear for smoothing), the activations of one window, and pages of the checkpoint that are mapped while it is
+    loaded, which the system takes back at need.
     """
     layers = [_numbers(source, source.layer_prefix(layer)) for layer in range(source.num_layers)]
     head = _numbers(source, f"{source.family.head}.")
