@@ -122,9 +122,21 @@ def test_only_what_differs_is_sent_and_stale_weights_go(hub, push, out):
     told = succeeded(push())
     assert hub.contents(NAME) == local(out) | {"notes.txt": b"kept"}
     assert told["files_sent"] == len(local(out)) - 1
-    deleted, left = told["remarks"]
+    deleted, left, _ = told["remarks"]
     assert all(name in deleted for name in stale)
     assert left == "left as they are: notes.txt"
+
+
+def test_a_card_that_loads_the_model_by_another_name_is_told(hub, push, out):
+    (remark,) = succeeded(push("--dry-run"))["remarks"]
+    assert "README.md loads the model by its folder's name" in remark
+    command = remark[remark.index("reattend report") :].removesuffix(" names it")
+    assert command == f"reattend report {out} --repository {NAME}"
+    reattend.report(out, repository=NAME)
+    assert succeeded(push())["remarks"] == ["left as they are: .gitattributes"]
+    assert f'name = "{NAME}"' in hub.contents(NAME)["README.md"].decode()
+    (remark,) = succeeded(push("--dry-run", name="org/other"))["remarks"]
+    assert f"loads the model by {NAME}" in remark
 
 
 def test_another_model_is_not_written_over(hub, push, out):

@@ -51,6 +51,19 @@ def test_the_measured_perplexity_is_the_cards_result(tmp_path):
     check_code(tmp_path / "out", card.text)
 
 
+def test_the_repository_is_what_a_card_loads_and_serves(out):
+    reattend.report(out, repository="org/the-model")
+    text = ModelCard.load(out / "README.md").text
+    assert text.strip().startswith("# the-model\n")
+    assert 'name = "org/the-model"' in text
+    assert 'reattend.load("org/the-model")' in text
+    assert "vllm serve org/the-model" in text
+    reattend.report(out)  # another report still knows it
+    assert ModelCard.load(out / "README.md").text == text
+    with pytest.raises(Refusal, match="repository 'a/b/c': not the name of a model on the Hub"):
+        reattend.report(out, repository="a/b/c")
+
+
 def check_code(out, text):
     """What the card says one should run runs, beside the folder."""
     blocks = text.split("```python\n")[1:]

@@ -21,6 +21,9 @@ from reattend.modeling.dtypes import DTYPES
 @click.option("--outliers", is_flag=True, help="Also inf-norms, kurtosis and attention to the first token, by layer.")
 @click.option("--device", default="cpu", show_default=True, help="Where models run: cpu, cuda:0.")
 @click.option("--base-model", "base", metavar="ORG/NAME", help="The base model on the Hub, for the card.")
+@click.option(
+    "--repository", metavar="ORG/NAME", help="Where OUT will be pushed, for the card [default: its folder]."
+)
 @as_json
 def report(out: str, as_json: bool, **options: Any) -> None:
     """Verify and measure OUT; leave report.json, REPORT.md, plots and a model card (README.md) in it."""

@@ -12,7 +12,7 @@ from reattend.checkpoint.index import INDEX, MANIFEST, WEIGHTS
 from reattend.errors import Failure, Refusal
 from reattend.hub.remote import Remote, RemoteFile
 from reattend.progress import Progress, silent
-from reattend.reporting.record import verified_files
+from reattend.reporting.record import read_report, verified_files
 
 _MAIN = "main"
 _PLAIN = (".gitattributes", ".gitignore", "README.md", "LICENSE")  # what a repository without a model may hold
@@ -186,6 +186,12 @@ def _summary(push: _Push, repository: str) -> dict[str, Any]:
         remarks.append(f"deleted, as loaders would read them in place of these weights: {', '.join(push.stale)}")
     if push.kept:
         remarks.append(f"left as they are: {', '.join(push.kept)}")
+    named = (read_report(push.folder) or {}).get("repository")
+    if named != repository:
+        name = named or "its folder's name"
+        remarks.append(
+            f"README.md loads the model by {name}: reattend report {push.folder} --repository {repository} names it"
+        )
     return {  # what is sent: what the Hub had not got when it was looked at
         "repository": repository,
         "revision": push.revision,

@@ -23,16 +23,16 @@ _LIBRARIES = {"compressed-tensors": "compressed-tensors", "bitsandbytes": "bitsa
 _SERVE = {"vllm": "vllm serve", "sglang": "python -m sglang.launch_server --model-path"}
 
 
-def check_base(base: str | None) -> None:
+def check_name(what: str, name: str | None) -> None:
     """Raise `Refusal` for what can't be the name of a model on the Hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        if base is not None:
-            validate_repo_id(base)
+        if name is not None:
+            validate_repo_id(name)
     except HFValidationError as error:
-        raise Refusal(f"base model {base!r}: not the name of a model on the Hub, such as org/name") from error
+        raise Refusal(f"{what} {name!r}: not the name of a model on the Hub, such as org/name") from error
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,16 @@ class _Card:
         """The base model on the Hub, where it is known."""
         base = self.content["base"]
         return None if base is None else base["model"]
+
+    @property
+    def name(self) -> str:
+        """What the model is loaded by: its repository, or the folder's own name."""
+        return self.content.get("repository") or self.folder.resolve().name
+
+    @property
+    def title(self) -> str:
+        """The last part of its name."""
+        return self.name.rpartition("/")[2]
 
     @property
     def relation(self) -> str:
@@ -144,15 +154,11 @@ def _results(card: _Card) -> dict[str, Any]:
         metric_name="perplexity",
         metric_value=round(found["perplexity"], 4),
     )
-    return {"model_name": _title(card), "eval_results": [result]}
-
-
-def _title(card: _Card) -> str:
-    return card.folder.resolve().name
+    return {"model_name": card.title, "eval_results": [result]}
 
 
 def _begin(card: _Card) -> Iterator[str]:
-    yield f"# {_title(card)}"
+    yield f"# {card.title}"
     base = card.content["base"]
     source = "A model" if base is None else f"[{base['model']}](https://huggingface.co/{base['model']})"
     at = f" at revision `{base['revision']}`" if base and base["revision"] else ""
@@ -183,7 +189,7 @@ def _use(card: _Card) -> Iterator[str]:
     yield "## Use"
     if card.library:
         yield f"transformers needs `{card.library}` beside it (`pip install {card.library}`)."
-    name = json.dumps(_title(card))
+    name = json.dumps(card.name)
     yield code(
         [
             f"from transformers import {card.auto}, AutoTokenizer",
@@ -204,7 +210,7 @@ def _serving(card: _Card) -> Iterator[str]:
     yield table(("engine", "serves it"), engines.items())
     flag = " --trust-remote-code" if card.own_code else ""
     served = [
-        f"{command} {_title(card)}{flag}"
+        f"{command} {card.name}{flag}"
         for engine, command in _SERVE.items()
         if not engines.get(engine, "no").startswith(("no", "?"))
     ]

@@ -16,7 +16,7 @@ from reattend.evaluation.perplexity import evaluate
 from reattend.pipeline.inspection import inspect
 from reattend.pipeline.verification import check_source, verify
 from reattend.progress import Progress, silent
-from reattend.reporting.card import check_base, source_metadata, write_card
+from reattend.reporting.card import check_name, source_metadata, write_card
 from reattend.reporting.commands import commands, variables
 from reattend.reporting.document import document
 from reattend.reporting.plots import plots
@@ -48,20 +48,23 @@ def report(
     *,
     against: str | os.PathLike[str] | None = None,
     base: str | None = None,
+    repository: str | None = None,
     progress: Progress = silent,
     **measured: Any,
 ) -> dict[str, Any]:
     """Verify `out`, measure it on a `text`, and write report.json, REPORT.md, plots and the card README.md into it.
 
     `against` is its source (a folder or a Hub id): without it nothing is compared. `base` names the base model on
-    the Hub (org/name) where `out` was made from a folder. `measured` takes `text`, `window`, `windows`, `dtype`,
+    the Hub (org/name) where `out` was made from a folder, `repository` the one that `out` will be pushed to: the card
+    loads the model by that name, else by the folder's. `measured` takes `text`, `window`, `windows`, `dtype`,
     `outliers` and `device` as `evaluate` does. What an earlier report measured on the same bytes is kept where it is
     not measured again. The source's card becomes SOURCE_README.md; a card that was edited is left alone. Returns the
     report. Raises `Refusal` where `out` is no output or `against` not its source, and as `verify` and `evaluate` do.
     """
     how = Measured(**measured)
     folder = output_folder(out)
-    check_base(base)
+    check_name("base model", base)
+    check_name("repository", repository)
     source_metadata(folder)  # of a card that can't be read it is said before anything is measured
     if against is not None:
         check_source(folder, against)
@@ -71,7 +74,8 @@ def report(
     if processes.rank():
         return {}
     keep_source_card(folder)
-    content = {**_facts(folder, base, against), **_measurements(folder, against, found, how)}
+    named = repository or (read_report(folder) or {}).get("repository")
+    content = {**_facts(folder, base, against), "repository": named, **_measurements(folder, against, found, how)}
     return _write(folder, content)
 
 
