@@ -89,6 +89,8 @@ class Dictionary(BaseModel):
         kept, atoms = int((1 - self.reduction) * attention), self._most_shared(source)
         if self.solver == "pca" and atoms > kept:
             raise Refusal(f"dictionary: atom_share: atoms take {atoms} numbers of {kept}; lower it")
+        if self.atoms is not None and (self.ranks is None or self.solver != "als"):
+            raise Refusal("dictionary: atoms: go with solver als and given ranks")
         if self.ranks is not None:
             self._check_ranks(source, self.ranks)
         held = "the output holds them dense, in the source's format: as large and as fast as before"

@@ -270,6 +270,11 @@ def test_what_factored_sources_are_refused(model, tmp_path):
             {"export": "factors", "solver": "als", "blocks": 4, "ranks": {}, "atoms": {"q_proj": {2: 1}}},
             r"atoms: q_proj: \{2: 1\}, expected 0 to a block's layers",
         ),
+        (
+            {"export": "factors", "solver": "als", "blocks": 4, "atoms": {}},
+            "atoms: go with solver als and given ranks",
+        ),
+        ({"export": "factors", "ranks": {}, "atoms": {}}, "atoms: go with solver als and given ranks"),
         ({"solver": "pca", "reduction": 0.01, "atom_share": 1.0, "blocks": 4}, "atoms take 12352 numbers of 12165"),
     ],
 )
