@@ -30,7 +30,12 @@ class Budget:
 
     def atoms(self, layers: int, kept: float) -> int:
         """Return how many atoms a block of layers gets that keeps this share of a projection."""
-        return min(layers, round(layers * kept * self.atom_share))
+        return atoms_for(layers, kept * self.atom_share)
+
+
+def atoms_for(layers: int, share: float) -> int:
+    """Return how many atoms take this share of a projection's numbers in a block of layers."""
+    return min(layers, round(layers * share))
 
 
 def divide(budget: Budget, passes: Passes, statistics: Statistics) -> None:
@@ -93,11 +98,11 @@ def block_of(
 
 
 def _held_blocks(
-    budget: Budget, passes: Passes, statistics: Statistics
+    budget: Budget, passes: Passes, statistics: Statistics, windows: int | None
 ) -> Iterator[tuple[tuple[int, ...], dict[int, dict[str, Tensor]]]]:
     """Yield each block and its weights by layer; sensitivities that are missing are measured on the way."""
     held: dict[int, dict[str, Tensor]] = {}
-    for layer in passes("selection"):
+    for layer in passes("selection", windows=windows):
         i = layer.index
         if missing(statistics, f"sensitivity-{i}"):
             statistics[f"sensitivity-{i}"] = sensitivities(layer, statistics[f"moments-{i}"])
@@ -115,7 +120,8 @@ def _options(
 
     Without `ranks`, those that factors alone were given, `als` has no atoms yet.
     """
-    for layers, held in _held_blocks(budget, passes, statistics):
+    windows = None if ranks is None else 1  # for the weights alone, once sensitivities are there
+    for layers, held in _held_blocks(budget, passes, statistics, windows):
         for name in PROJECTIONS:
             block, key = block_of(name, layers, held, statistics), f"{name}-{layers[0]}"
             weigh = {i: float(statistics[f"sensitivity-{i}"][name]) for i in layers}

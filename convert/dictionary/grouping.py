@@ -9,18 +9,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reattend.transform import Passes
+from reattend.calibration.layerwise import LayerPass
 
 
-def drift(passes: Passes) -> Tensor:
-    """Return, in nats, how far each layer's output is from the next one's on the calibration text: (L - 1,), fp64."""
-    means, last = [], None
-    for layer in passes("calibration"):
-        means.append(_mean(layer.hidden["calibration"]))  # what the layer before put out
-        last = layer
-    assert last is not None
-    outputs_LE = torch.stack([*means[1:], _mean(last.hidden["calibration"])])
-    return divergences(passes.logits(outputs_LE))
+def mean_state(layer: LayerPass) -> Tensor:
+    """Return the mean of what a layer was fed, or, once it ran, put out, on the calibration text: (E,), fp64."""
+    return layer.hidden["calibration"].double().mean((0, 1))
+
+
+def found_blocks(logits_LV: Tensor, size: int) -> dict[str, Tensor]:
+    """Return `first`, the first layers of as many blocks as there are of `size` layers, and `drift` (L - 1,)."""
+    drift = divergences(logits_LV)
+    return {"first": torch.tensor(first_layers(drift.tolist(), -(-len(logits_LV) // size), 2 * size)), "drift": drift}
 
 
 def divergences(logits_LV: Tensor) -> Tensor:
@@ -45,7 +45,3 @@ def first_layers(drift: Sequence[float], blocks: int, longest: int) -> tuple[int
                 found[end] = min(found.get(end, candidate), candidate)
         best = found
     return best[layers][1]
-
-
-def _mean(hidden_WTE: Tensor) -> Tensor:
-    return hidden_WTE.double().mean((0, 1))

@@ -10,8 +10,8 @@ from torch import Tensor
 from reattend.calibration.divided import any_missing, missing
 from reattend.checkpoint.tensors import TORCH_DTYPES
 from reattend.convert.dictionary.checks import check_source
-from reattend.convert.dictionary.dividing import Budget, block_of, divide, findings_in, ranks_in, shared_in
-from reattend.convert.dictionary.grouping import drift, first_layers
+from reattend.convert.dictionary.dividing import Budget, atoms_for, block_of, divide, findings_in, ranks_in, shared_in
+from reattend.convert.dictionary.grouping import found_blocks, mean_state
 from reattend.convert.dictionary.moments import PROJECTIONS, gather_moments
 from reattend.convert.dictionary.solving import Solver
 from reattend.convert.dictionary.storing import StoredBlock
@@ -148,7 +148,7 @@ class Dictionary(BaseModel):
     def _most_atoms(self, layers: int) -> int:
         """The atoms of a block of `pca`, and the most that `als` tries."""
         kept = {"pca": 1 - self.reduction, "als": 1.0}.get(self.solver, 0.0)
-        return min(layers, round(layers * kept * self.atom_share))
+        return atoms_for(layers, kept * self.atom_share)
 
     def _atoms(self, name: str, block: tuple[int, ...]) -> int:
         """How many a projection has that is stored as factors."""
@@ -165,28 +165,29 @@ class Dictionary(BaseModel):
 
     def calibrate(self, source: Source, passes: Passes, statistics: Statistics) -> None:
         """Find blocks; gather moments; measure how errors weigh; find atoms; divide numbers among the matrices."""
-        if self.blocks == "kl":
-            if "blocks" not in statistics:
-                statistics["blocks"] = self._found_blocks(passes, source.num_layers)
-            blocks = tuple(statistics["blocks"]["first"].tolist())
-            self.model_copy(update={"blocks": blocks}).calibrate(source, passes, statistics)
-            return
         layers = range(source.num_layers)
-        if any_missing(statistics, (f"moments-{i}" for i in layers)):
+        unknown = self.blocks == "kl" and "blocks" not in statistics
+        if any_missing(statistics, (f"moments-{i}" for i in layers)) or unknown:
+            fed = []  # to each layer but the first: the mean of what the one before put out
             for layer in passes("calibration"):
+                fed += [mean_state(layer)] if unknown and layer.index else []
                 if missing(statistics, f"moments-{layer.index}"):
                     statistics[f"moments-{layer.index}"] = gather_moments(layer)
+            if unknown:
+                logits_LV = passes.logits(torch.stack([*fed, mean_state(layer)]))
+                statistics["blocks"] = found_blocks(logits_LV, self._size)
         names = (f"sensitivity-{i}" for i in layers)
         if any_missing(statistics, names) or "atoms" not in statistics:
             try:
-                divide(self._budget(source), passes, statistics)
+                divide(self._grouped(statistics)._budget(source), passes, statistics)
             except ValueError as error:
                 raise DeadEndError(f"dictionary: reduction: {self.reduction} can't be reached: {error}") from error
 
-    def _found_blocks(self, passes: Passes, layers: int) -> dict[str, Tensor]:
-        between = drift(passes)
-        first = first_layers(between.tolist(), -(-layers // self._size), 2 * self._size)
-        return {"first": torch.tensor(first), "drift": between}
+    def _grouped(self, statistics: Statistics) -> "Dictionary":
+        """Return the step with the blocks that were found."""
+        if self.blocks != "kl":
+            return self
+        return self.model_copy(update={"blocks": tuple(statistics["blocks"]["first"].tolist())})
 
     def _budget(self, source: Source) -> Budget:
         kept = 1 - self.reduction

@@ -29,8 +29,13 @@ class SharedAttention:
             return
         given = to_device(self._left.get(window, {}), device)
         yield {_KEYWORD: given}
-        awaited = {leader for leader in self._leaders[layer + 1 :] if leader is not None}
+        awaited = awaited_after(layer, self._leaders)
         self._left[window] = {leader: to_device(left, "cpu") for leader, left in given.items() if leader in awaited}
+
+
+def awaited_after(layer: int, leaders: Sequence[int | None]) -> set[int]:
+    """Return the leaders that ran by the time that a layer has, and that later layers follow."""
+    return {leader for leader in leaders[layer + 1 :] if leader is not None and leader <= layer}
 
 
 def to_device(value: Any, device: str | torch.device) -> Any:

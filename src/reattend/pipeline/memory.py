@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from reattend.calibration.shared_attention import awaited_after
 from reattend.families.source import Source, numbers
 
 # Resident bytes of a Python process with torch and the copy buffers; scripts/bench/streaming saw 0.33 GB in all.
@@ -35,11 +36,8 @@ def calibration_bytes(source: Source, tokens: Sequence[int]) -> dict[str, int]:
 def _left_for_followers(source: Source) -> int:
     """The most numbers per token that leaders leave for layers to come."""
     leaders = source.config.get("attention_sharing") or []
-    awaited = [
-        len({leader for leader in leaders[layer:] if leader is not None and leader < layer})
-        for layer in range(len(leaders))
-    ]
-    return max(awaited, default=0) * (source.size("q") + source.size("kv"))
+    most = max((len(awaited_after(layer, leaders)) for layer in range(len(leaders))), default=0)
+    return most * (source.size("q") + source.size("kv"))
 
 
 def _numbers(source: Source, prefix: str) -> int:

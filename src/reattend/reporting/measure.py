@@ -74,12 +74,11 @@ def report(
     if processes.rank():
         return {}
     keep_source_card(folder)
-    named = repository or (read_report(folder) or {}).get("repository")
-    content = {**_facts(folder, base, against), "repository": named, **_measurements(folder, against, found, how)}
+    content = {**_facts(folder, base, repository, against), **_measurements(folder, against, found, how)}
     return _write(folder, content)
 
 
-def _facts(folder: Path, base: str | None, against: Any) -> dict[str, Any]:
+def _facts(folder: Path, base: str | None, repository: str | None, against: Any) -> dict[str, Any]:
     """Return what the manifest says of the run, and which model on the Hub it began with."""
     manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
     earlier = read_report(folder) or {}
@@ -91,6 +90,7 @@ def _facts(folder: Path, base: str | None, against: Any) -> dict[str, Any]:
     return {
         "reattend": reattend.__version__,
         "base": known,
+        "repository": repository or earlier.get("repository"),
         "source": manifest["source"],
         "recipe": _without_paths(manifest["recipe"]),
         "earlier": [run | {"recipe": _without_paths(run["recipe"])} for run in manifest.get("earlier", [])],
