@@ -4,13 +4,10 @@ Tests named `test_upstream_...` hold what was reported against SageAttention (by
 """
 
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import run_in_interpreter
 from test_attention_int8 import HOWS, INT8, PLAIN, alike, case, distances, every_how, exact, ours, relative
 
 from reattend.kernels import attention_int8 as package
@@ -253,8 +250,5 @@ def test_nothing_to_do():
 
 def test_every_kernel_in_the_interpreter():
     pytest.importorskip("triton")
-    script = Path(__file__).with_name("attention_int8_triton_cases.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "36 cases" in run.stdout
+    printed = run_in_interpreter("attention_int8_triton_cases.py")
+    assert "36 cases" in printed

@@ -1,15 +1,13 @@
 """The Triton route of attention: in the interpreter, and what it declines."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from interpreter import run_in_interpreter
 
 from reattend.kernels import launching
 from reattend.kernels.attention import (
@@ -24,14 +22,11 @@ from reattend.kernels.attention import (
 
 
 def test_triton_in_the_interpreter():
-    script = Path(__file__).with_name("attention_triton_cases.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    forward, backward, decode = (int(count) for count in run.stdout.split()[:6:2])
-    assert forward > 50, run.stdout
-    assert backward > 40, run.stdout
-    assert decode > 25, run.stdout
+    printed = run_in_interpreter("attention_triton_cases.py")
+    forward, backward, decode = (int(count) for count in printed.split()[:6:2])
+    assert forward > 50, printed
+    assert backward > 40, printed
+    assert decode > 25, printed
 
 
 def case(width=64, wide=64, dtype=torch.float16):

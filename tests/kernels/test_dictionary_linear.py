@@ -1,12 +1,8 @@
 """A linear on a dictionary against the weight written out."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import run_in_interpreter
 
 from reattend.kernels.dictionary_linear import dictionary_linear
 
@@ -32,11 +28,8 @@ def test_it_has_gradients():
 
 def test_in_the_interpreter():
     pytest.importorskip("triton")
-    script = Path(__file__).with_name("dictionary_triton_cases.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "16 cases" in run.stdout
+    printed = run_in_interpreter("dictionary_triton_cases.py")
+    assert "16 cases" in printed
 
 
 @pytest.mark.parametrize(

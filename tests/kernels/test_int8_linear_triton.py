@@ -1,12 +1,8 @@
 """The Triton kernels in Triton's interpreter, in a process of its own (see int8_triton_cases.py)."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import run_in_interpreter
 
 from reattend.kernels.int8_linear import int8_linear
 
@@ -14,11 +10,8 @@ pytest.importorskip("triton")
 
 
 def test_every_variant_in_the_interpreter():
-    script = Path(__file__).with_name("int8_triton_cases.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "cases" in run.stdout
+    printed = run_in_interpreter("int8_triton_cases.py")
+    assert "cases" in printed
 
 
 def test_triton_on_the_cpu_without_the_interpreter_is_refused():

@@ -1,12 +1,8 @@
 """Absorbed MLA decode against its reference."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import run_in_interpreter
 
 from reattend.kernels.mla_decode import mla_decode, native, reference
 
@@ -140,11 +136,8 @@ def test_shapes_that_do_not_fit(change):
 
 def test_triton_in_the_interpreter():
     pytest.importorskip("triton")
-    script = Path(__file__).with_name("mla_triton_cases.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "cases" in run.stdout
+    printed = run_in_interpreter("mla_triton_cases.py")
+    assert "cases" in printed
 
 
 @pytest.mark.parametrize(("dtype", "words"), [(torch.float32, "16 bits"), (torch.float16, "triton is|on cpu")])

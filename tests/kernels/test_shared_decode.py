@@ -1,12 +1,8 @@
 """Shared decode against the reference of attention, which knows nothing of leaders."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import run_in_interpreter
 
 from reattend.kernels.attention.options import Options
 from reattend.kernels.attention.reference import attention as reference
@@ -59,8 +55,5 @@ def test_shapes_that_do_not_fit():
 
 def test_triton_in_the_interpreter():
     pytest.importorskip("triton")
-    script = Path(__file__).with_name("shared_triton_cases.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "48 cases" in run.stdout
+    printed = run_in_interpreter("shared_triton_cases.py")
+    assert "48 cases" in printed

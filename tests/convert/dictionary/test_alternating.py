@@ -2,16 +2,11 @@ import itertools
 
 import pytest
 import torch
+from second_moments import moments
 
 from reattend.convert.dictionary.alternating import Alternating, alternate, alternated
 from reattend.convert.dictionary.formulas import matrix_pca
 from reattend.convert.dictionary.solving import Block
-
-
-def moments(count, size, scale=3.0):
-    """Second moments that differ much between layers."""
-    x = torch.randn(count, 4 * size, size).double() * torch.rand(count, 1, size).double().mul(scale).exp()
-    return x.mT @ x / x.shape[1]
 
 
 def error_of(weight, second, atoms, coefficients, ranks):

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from second_moments import moments
 
 from reattend.convert.dictionary.allocation import Curve, Option, allocate
 from reattend.convert.dictionary.formulas import (
@@ -15,12 +16,6 @@ from reattend.convert.dictionary.formulas import (
 from reattend.convert.dictionary.moments import attention_received
 from reattend.convert.dictionary.solving import Block
 from reattend.kernels.attention import Options
-
-
-def moments(count, size, scale=3.0):
-    """Second moments that differ much between layers."""
-    x = torch.randn(count, 4 * size, size).double() * torch.rand(count, 1, size).double().mul(scale).exp()
-    return x.mT @ x / x.shape[1]
 
 
 def test_error_of_pca_is_what_eigenvalues_are_left_out():
